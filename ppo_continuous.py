@@ -76,7 +76,7 @@ class Args:
     seed: int = 1
     """seed of networks, actions, minibatches and environments, at least 0"""
     total_timesteps: int = 1_000_000
-    """environment steps of the run, over all environments; rounded down to whole rollouts"""
+    """environment steps of the run, over all environments, resets included; rounded down to whole rollouts"""
     run_dir: str = ""
     """directory of the run; empty: runs/<script>__<env>__<seed>__<time>"""
     checkpoint_every: int = 50
@@ -177,6 +177,9 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
+        if not self.run_dir:
+            env, now = self.env.replace(":", "."), time.strftime("%Y%m%d-%H%M%S")
+            self.run_dir = f"runs/{Path(__file__).stem}__{env}__{self.seed}__{now}"
         for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "num_threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -509,8 +512,10 @@ def make_update(agent: Agent, args: Args):
         logprob, entropy, value = torch.func.functional_call(agent, parameters, (obs, action))
         if args.norm_adv == "minibatch":
             advantage = normalize_advantages(advantage, valid)  # [detail 07]
-        new, old = (logprob, entropy, value), (old_logprob, old_value, advantage, return_, valid)
-        return ppo_loss(*new, *old, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
+        return ppo_loss(
+            logprob, entropy, value, old_logprob, old_value, advantage, return_, valid, clip_coef,
+            args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss,
+        )  # fmt: skip
 
     def update(theta, adam, batch, mb_inds, learning_rate, clip_coef):
         minibatch = [x[mb_inds] for x in batch]
@@ -530,7 +535,7 @@ def make_update(agent: Agent, args: Args):
     return update
 
 
-def load_checkpoint(path: str) -> tuple[dict, Path]:
+def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """Checkpoint of a file or run directory, and its file. Loads tensors and plain values only, no code."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -657,17 +662,15 @@ def train(args: Args) -> dict:
         start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
         recent_returns.extend(checkpoint["recent_returns"])
     else:
-        default = f"runs/{Path(__file__).stem}__{args.env.replace(':', '.')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = Path(args.run_dir or default)
-        if (run_dir / "checkpoint.pt").exists():
-            raise UsageError(f"{run_dir} holds a run already: --resume {run_dir} continues it, another --run-dir starts anew")
+        run_dir = Path(args.run_dir)
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True)
             shutil.copy(__file__, run_dir)
+        except FileExistsError as error:
+            raise UsageError(f"{run_dir} exists: --resume {run_dir} continues it, another --run-dir starts anew") from error
         except OSError as error:
             raise UsageError(f"cannot write the run directory {run_dir}: {error.strerror}") from error
-    args.run_dir = str(run_dir)  # for the caller, should the run be cut off
-    logs = {name: open(run_dir / name, "a") for name in ("metrics.jsonl", "episodes.jsonl")}
+    logs = {name: open(run_dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
     for name, log in logs.items():
         log.truncate(log_sizes.get(name, 0))  # what a killed run wrote after its checkpoint comes again
     if not checkpoint:
@@ -838,12 +841,12 @@ def train(args: Args) -> dict:
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
         "global_step": global_step,
-        "episodic_return": float(np.mean(recent_returns)) if recent_returns else None,
+        "episodic_return": float(np.mean(recent_returns)) if recent_returns else math.nan,
         "seconds": seconds,
         "sps": (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9),
         "sps_with_startup": (global_step - first_step_of_process) / seconds,
     }
-    result["evaluation"] = evaluate(args, load_checkpoint(args.run_dir)[0]) if args.eval_episodes else {}
+    result["evaluation"] = evaluate(args, load_checkpoint(run_dir)[0]) if args.eval_episodes else {}
     for log in logs.values():
         log.close()
     if args.track:
@@ -857,7 +860,10 @@ def parse_args() -> tuple[Args, dict | None]:
     if not (args.resume or args.evaluate):
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
-    saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
+    try:
+        saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
+    except TypeError as error:
+        raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, default=saved)
     free = {"resume", "evaluate", "run_dir", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
@@ -897,11 +903,11 @@ def main():
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteError, OSError) as error:
-        last = f"; the last checkpoint is {args.run_dir}/checkpoint.pt" if args and args.run_dir else ""
+        last = f"; the last checkpoint is {args.run_dir}/checkpoint.pt" if args else ""
         print(f"{Path(__file__).name}: stopped: {error}{last}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        where = f"; continue with: python {sys.argv[0]} --resume {args.run_dir}" if args and args.run_dir else ""
+        where = f"; continue with: python {sys.argv[0]} --resume {args.run_dir}" if args else ""
         print(f"{Path(__file__).name}: interrupted{where}", file=sys.stderr)
         sys.exit(130)
 
