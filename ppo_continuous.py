@@ -506,7 +506,8 @@ def make_update(agent: Agent, args: Args):
     """
     names, shapes = zip(*((name, p.shape) for name, p in agent.named_parameters()), strict=True)
 
-    def loss(theta, obs, action, old_logprob, old_value, advantage, return_, valid, clip_coef):
+    def loss(theta, minibatch, clip_coef):
+        obs, action, old_logprob, old_value, advantage, return_, valid = minibatch
         parts = theta.split([shape.numel() for shape in shapes])
         parameters = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
         logprob, entropy, value = torch.func.functional_call(agent, parameters, (obs, action))
@@ -519,7 +520,7 @@ def make_update(agent: Agent, args: Args):
 
     def update(theta, adam, batch, mb_inds, learning_rate, clip_coef):
         minibatch = [x[mb_inds] for x in batch]
-        gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, *minibatch, clip_coef)
+        gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, minibatch, clip_coef)
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         # Adam (Kingma & Ba 2015, algorithm 1), written out because torch.optim.Adam would break the graph
@@ -625,7 +626,7 @@ def train(args: Args) -> dict:
     if args.track:
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.api.api_key:
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
 
     # the environment's spaces decide the sizes of all that follows
