@@ -324,7 +324,7 @@ class RunningMeanStd:
 
 def normalize_obs(obs: np.ndarray, rms: RunningMeanStd, args: Args) -> np.ndarray:
     """Normalized (unless switched off) and clipped observations, of the shape of obs, in float32."""
-    if args.norm_obs != "none":  # [detail 28]
+    if args.norm_obs != "none":
         obs = (obs - rms.mean) / np.sqrt(rms.var + 1e-8)
     return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
 
@@ -335,7 +335,7 @@ def scale_rewards(
     """Rewards (T, N) over the running deviation of the discounted return, and that return (N,) after the last step.
 
     The return of each environment is ret = ret * gamma + r, zeroed after an episode end; the statistics take in each
-    step's returns before they scale its rewards. Reset steps (valid = 0) stay out. [detail 30]
+    step's returns before they scale its rewards. Reset steps (valid = 0) stay out.
     """
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
@@ -347,7 +347,7 @@ def scale_rewards(
     shifts = deltas.sum(axis=1).cumsum() / counts
     m2s = rms.m2 + (deltas * deltas).sum(axis=1).cumsum() - shifts * shifts * counts
     rms.mean, rms.m2, rms.count = rms.mean + shifts[-1], m2s[-1], counts[-1]
-    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return
+    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
 
 
 def layer_init(layer: nn.Linear, gain: float, scheme: str) -> nn.Linear:
@@ -426,13 +426,13 @@ def compute_gae(
     gae_lambda: float,
     bootstrap_truncated: bool = True,
 ) -> torch.Tensor:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12). [detail 05]
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
 
     rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
     next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
     advantages (T, N) in units of reward; those of reset steps mean nothing.
     """
-    # [ours] only a termination has no future; a time limit bootstraps from the value of the final observation
+    # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
     no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)
     deltas = rewards + gamma * values[1:] * (1 - no_future) - values[:-1]
     decays = gamma * gae_lambda * (1 - torch.maximum(terminated, truncated))  # the sum is cut at any episode end
@@ -440,7 +440,7 @@ def compute_gae(
     advantages, delta, decay = np.empty(deltas.shape, np.float32), deltas.cpu().numpy(), decays.cpu().numpy()
     advantage = np.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
-        advantages[t] = advantage = delta[t] + decay[t] * advantage
+        advantages[t] = advantage = delta[t] + decay[t] * advantage  # [detail 05]
     return torch.as_tensor(advantages, device=rewards.device)
 
 
@@ -470,7 +470,7 @@ def ppo_loss(
     clip_policy: bool = True,
     clip_vloss: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss to minimize, the negative of eq. 9 with the clipped objective of eq. 7, and what is logged of it. [detail 10]
+    """Loss to minimize, the negative of eq. 9 with the clipped objective of eq. 7, and what is logged of it.
 
     All tensors (B,), clip_coef a scalar tensor; means run over the steps with valid = 1; log-probabilities, entropy and
     KL in nats.
@@ -495,7 +495,7 @@ def ppo_loss(
         "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # the low-variance estimator of Schulman 2020
         "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
     }
-    return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info
+    return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info  # [detail 10]
 
 
 def make_update(agent: Agent, args: Args):
@@ -730,7 +730,8 @@ def train(args: Args) -> dict:
 
         # 2 rollout
         if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
-            envs.close()  # a fresh start after each checkpoint, so that a resumed run goes on to the last bit
+            # [ours: checkpoint_every] environments start afresh, so that a resumed run goes on to the same last bit
+            envs.close()
             envs, first_obs = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
             raw_obs[0] = first_obs.reshape(N, obs_dim)
             if args.norm_obs == "step":
@@ -750,14 +751,14 @@ def train(args: Args) -> dict:
             next_obs, rewards[t], terminated[t], truncated[t] = step_envs(action.reshape(N, *action_space.shape))
             raw_obs[t + 1] = next_obs.reshape(N, obs_dim)
             if args.norm_obs == "step":
-                obs_rms.update(raw_obs[t + 1])  # [detail 28] before use
+                obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], obs_rms, args)
         for name, x in (("observation", raw_obs[1:]), ("reward", rewards)):
             if not np.isfinite(x).all():
                 t = int(np.argwhere(~np.isfinite(x))[0, 0])
                 raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
         done = terminated | truncated
-        valid[1:] = ~(done & args.mask_resets)  # [ours]
+        valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
         if args.norm_obs == "batch":  # as baselines did in 2017: once per rollout, before the update
             obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
             obs[:] = normalize_obs(raw_obs, obs_rms, args)
@@ -857,7 +858,7 @@ def train(args: Args) -> dict:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Arguments of the command line and the checkpoint that they name; its settings are their defaults then."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name)
     if not (args.resume or args.evaluate):
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
@@ -865,7 +866,7 @@ def parse_args() -> tuple[Args, dict | None]:
         saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
-    args = tyro.cli(Args, description=__doc__, default=saved)
+    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "run_dir", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
     changed = [
