@@ -726,7 +726,7 @@ def train(args: Args) -> dict:
         # 1 anneal
         remaining = 1 - (iteration - 1) / args.num_iterations
         learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [detail 04]
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]
 
         # 2 rollout
         if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
@@ -800,7 +800,7 @@ def train(args: Args) -> dict:
         for _ in range(args.update_epochs):
             order = torch.randperm(T * N).to(args.device)  # [detail 06]
             infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
-            if args.target_kl is not None:  # of the whole epoch, not of its last minibatch
+            if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
                 if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
                     break
 

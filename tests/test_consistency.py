@@ -1,0 +1,189 @@
+"""The four scripts cannot drift apart, and the documents say what is in them. Standard library and pytest only.
+
+python tests/test_consistency.py --update rewrites what is made from the scripts: tests/diffs/ and the columns "where"
+and "test" of DETAILS.md.
+"""
+
+import ast
+import difflib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "ppo_continuous.py"
+SCRIPTS = sorted(path.name for path in ROOT.glob("ppo_*.py"))
+VARIANTS = [name for name in SCRIPTS if name != BASE]
+TEXT = {name: (ROOT / name).read_text() for name in SCRIPTS}
+TREE = {name: ast.parse(text) for name, text in TEXT.items()}
+
+# what may differ under the same name, and why
+MAY_DIFFER = {
+    "Args",  # each variant has flags of its own
+    "Agent",  # the networks are what a variant is about
+    "make_envs",  # spaces, wrappers and resets differ
+    "find_env",  # Atari takes the old names of games too
+    "ppo_loss",  # the objective is what a variant is about
+    "make_update",  # batch tensors differ
+    "numpy_policy",  # follows Agent
+    "evaluate",  # follows Agent and make_envs
+    "train",  # the loop
+    "parse_args",  # the list of flags that a resumed run may change
+}
+
+
+def definitions(script: str) -> dict[str, str]:
+    """Source text of every top-level function and class of a script."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = [node for node in TREE[script].body if isinstance(node, kinds)]
+    return {node.name: ast.get_source_segment(TEXT[script], node) or "" for node in found}
+
+
+def args_fields(script: str) -> dict[str, tuple[str, str]]:
+    """Name -> (type, help) of the fields of Args, in order."""
+    body = next(node for node in TREE[script].body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    fields = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            doc = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            fields[node.target.id] = (ast.unparse(node.annotation), str(doc))
+    return fields
+
+
+def imported(script: str) -> set[str]:
+    nodes = [node for node in ast.walk(TREE[script]) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    names += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    return {name.split(".")[0] for name in names}
+
+
+def stored_diff(variant: str) -> str:
+    lines = difflib.unified_diff(TEXT[BASE].splitlines(True), TEXT[variant].splitlines(True), BASE, variant, n=2)
+    return "".join(lines)
+
+
+def tags(script: str) -> dict[str, list[int]]:
+    """Tag ("07", "ours: mask_resets") -> lines that carry it in a comment."""
+    found: dict[str, list[int]] = {}
+    for number, line in enumerate(TEXT[script].splitlines(), 1):
+        if "#" in line:
+            for tag in re.findall(r"\[(?:detail )?(\d\d|ours: \w+|aux: \w+)\]", line[line.index("#") :]):
+                found.setdefault(tag, []).append(number)
+    return found
+
+
+def test_names() -> dict[str, list[str]]:
+    """Tag -> tests named after it (test_detail_07_..., test_ours_mask_resets..., test_aux_target_kl...)."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for name in re.findall(r"^def (test_(?:detail|ours|aux)_\w+)", path.read_text(), re.M):
+            number = re.match(r"test_detail_(\d\d)", name)
+            key = number[1] if number else re.sub(r"^test_(ours|aux)_", r"\1: ", name)
+            found.setdefault(key, []).append(f"{path.name}::{name}")
+    return found
+
+
+test_names.__test__ = False  # type: ignore[attr-defined]
+
+
+def updated_details(text: str) -> str:
+    """DETAILS.md with the cells "where" and "test" of every row made anew. A row starts with its tag in backticks."""
+    tests = test_names()
+    lines = []
+    for line in text.splitlines():
+        tag = re.match(r"\| `(\d\d|ours: \w+|aux: \w+)` \|", line)
+        if tag:
+            cells = line.strip("| ").split(" | ")
+            where = [f"[{s[4:-3]}:{n}]({s}#L{n})" for s in SCRIPTS for n in tags(s).get(tag[1], [])]
+            names = [n for key, values in tests.items() if key == tag[1] or key.startswith(tag[1] + "_") for n in values]
+            cells[-2:] = [", ".join(where) or "-", "<br>".join(f"`{name}`" for name in names) or "-"]
+            line = "| " + " | ".join(cells) + " |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("script", VARIANTS)
+def test_same_name_same_text(script):
+    base, variant = definitions(BASE), definitions(script)
+    differing = [name for name in base if name in variant and base[name] != variant[name] and name not in MAY_DIFFER]
+    assert not differing, f"{script} and {BASE} have different texts of {differing}"
+
+
+def test_same_name_same_text_among_variants():
+    for i, one in enumerate(VARIANTS):
+        for other in VARIANTS[i + 1 :]:
+            a, b = definitions(one), definitions(other)
+            differing = [name for name in a if name in b and a[name] != b[name] and name not in MAY_DIFFER]
+            assert not differing, f"{one} and {other} have different texts of {differing}"
+
+
+@pytest.mark.parametrize("script", VARIANTS)
+def test_shared_flags_agree(script):
+    base, variant = args_fields(BASE), args_fields(script)
+    shared = [name for name in base if name in variant]
+    assert shared == [name for name in variant if name in base], "the order of shared flags differs"
+    for name in shared:
+        assert base[name][0] == variant[name][0], f"type of {name}"
+        if name not in {"env", "num_envs", "checkpoint_every", "clip_reward", "device", "norm_obs", "num_minibatches"}:
+            assert base[name][1] == variant[name][1], f"help of {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_documented(script):
+    # derived sizes are read through self; everything else through args
+    text = TEXT[script]
+    for name, (_, doc) in args_fields(script).items():
+        assert doc, f"{name} has no help"
+        reads = re.findall(rf"\b(?:args|self|saved)\.{name}\b", text)
+        assert reads, f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports_only_requirements(script):
+    names = {"PIL": "pillow"}
+    required = {re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    outside = {names.get(name, name) for name in imported(script)} - set(sys.stdlib_module_names)
+    assert outside <= required, f"{script} imports {outside - required}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pep723_block_equals_requirements(script):
+    block = re.search(r"^# /// script\n(.*?)^# ///$", TEXT[script], re.M | re.S)
+    assert block is not None
+    assert re.findall(r'"([^"]+==[^"]+)"', block[1]) == (ROOT / "requirements.txt").read_text().split()
+
+
+@pytest.mark.parametrize("script", VARIANTS)
+def test_stored_diff_is_current(script):
+    stored = ROOT / "tests" / "diffs" / f"{script}.diff"
+    assert stored.exists(), "run: python tests/test_consistency.py --update"
+    assert stored.read_text() == stored_diff(script), "run: python tests/test_consistency.py --update, and read the change"
+
+
+def test_details_are_current():
+    text = (ROOT / "DETAILS.md").read_text()
+    assert text == updated_details(text), "run: python tests/test_consistency.py --update"
+
+
+def test_every_tag_has_a_row_and_every_row_a_tag():
+    rows = set(re.findall(r"^\| `(\d\d|ours: \w+|aux: \w+)` \|", (ROOT / "DETAILS.md").read_text(), re.M))
+    used = {tag for script in SCRIPTS for tag in tags(script)}
+    assert used <= rows, f"no row in DETAILS.md: {sorted(used - rows)}"
+    assert {f"{i:02}" for i in range(1, 38)} <= rows
+    if len(SCRIPTS) == 4:
+        assert rows <= used, f"no line carries: {sorted(rows - used)}"
+
+
+def update():
+    (ROOT / "tests" / "diffs").mkdir(exist_ok=True)
+    for script in VARIANTS:
+        (ROOT / "tests" / "diffs" / f"{script}.diff").write_text(stored_diff(script))
+    (ROOT / "DETAILS.md").write_text(updated_details((ROOT / "DETAILS.md").read_text()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit("usage: python tests/test_consistency.py --update")
+    update()
