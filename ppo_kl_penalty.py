@@ -140,7 +140,7 @@ class Args:
     norm_adv: Literal["minibatch", "batch", "none"] = "minibatch"
     """[detail 07] advantages to mean 0 and deviation 1, per minibatch or over the whole batch"""
     clip_policy: bool = False
-    """[detail 08] clipped surrogate objective beside the penalty; off: ratio * advantage"""
+    """[detail 08] clipped surrogate objective; off: ratio * advantage"""
     clip_vloss: bool = True
     """[detail 09] value clipped to clip_coef around its old estimate; off: squared error"""
     state_independent_std: bool = True
@@ -332,7 +332,7 @@ class RunningMeanStd:
 
 def normalize_obs(obs: np.ndarray, rms: RunningMeanStd, args: Args) -> np.ndarray:
     """Normalized (unless switched off) and clipped observations, of the shape of obs, in float32."""
-    if args.norm_obs != "none":  # [detail 28]
+    if args.norm_obs != "none":
         obs = (obs - rms.mean) / np.sqrt(rms.var + 1e-8)
     return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
 
@@ -343,7 +343,7 @@ def scale_rewards(
     """Rewards (T, N) over the running deviation of the discounted return, and that return (N,) after the last step.
 
     The return of each environment is ret = ret * gamma + r, zeroed after an episode end; the statistics take in each
-    step's returns before they scale its rewards. Reset steps (valid = 0) stay out. [detail 30]
+    step's returns before they scale its rewards. Reset steps (valid = 0) stay out.
     """
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
@@ -355,7 +355,7 @@ def scale_rewards(
     shifts = deltas.sum(axis=1).cumsum() / counts
     m2s = rms.m2 + (deltas * deltas).sum(axis=1).cumsum() - shifts * shifts * counts
     rms.mean, rms.m2, rms.count = rms.mean + shifts[-1], m2s[-1], counts[-1]
-    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return
+    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
 
 
 def layer_init(layer: nn.Linear, gain: float, scheme: str) -> nn.Linear:
@@ -438,13 +438,13 @@ def compute_gae(
     gae_lambda: float,
     bootstrap_truncated: bool = True,
 ) -> torch.Tensor:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12). [detail 05]
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
 
     rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
     next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
     advantages (T, N) in units of reward; those of reset steps mean nothing.
     """
-    # [ours] only a termination has no future; a time limit bootstraps from the value of the final observation
+    # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
     no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)
     deltas = rewards + gamma * values[1:] * (1 - no_future) - values[:-1]
     decays = gamma * gae_lambda * (1 - torch.maximum(terminated, truncated))  # the sum is cut at any episode end
@@ -452,7 +452,7 @@ def compute_gae(
     advantages, delta, decay = np.empty(deltas.shape, np.float32), deltas.cpu().numpy(), decays.cpu().numpy()
     advantage = np.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
-        advantages[t] = advantage = delta[t] + decay[t] * advantage
+        advantages[t] = advantage = delta[t] + decay[t] * advantage  # [detail 05]
     return torch.as_tensor(advantages, device=rewards.device)
 
 
@@ -499,7 +499,7 @@ def ppo_loss(
     clip_policy: bool = False,
     clip_vloss: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss to minimize, the negative of eq. 9 with the penalized objective of eq. 8, and what is logged of it. [detail 10]
+    """Loss to minimize, the negative of eq. 9 with the penalized objective of eq. 8, and what is logged of it.
 
     All tensors (B,), kl is KL[old policy, policy] at each observation; clip_coef and kl_coef are scalar tensors; means run
     over the steps with valid = 1; log-probabilities, entropy and KL in nats.
@@ -525,7 +525,7 @@ def ppo_loss(
         "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # the low-variance estimator of Schulman 2020
         "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
     }
-    return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info
+    return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info  # [detail 10]
 
 
 def make_update(agent: Agent, args: Args):
@@ -759,11 +759,12 @@ def train(args: Args) -> dict:
         # 1 anneal
         remaining = 1 - (iteration - 1) / args.num_iterations
         learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [detail 04]
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]
 
         # 2 rollout
         if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
-            envs.close()  # a fresh start after each checkpoint, so that a resumed run goes on to the last bit
+            # [ours: checkpoint_every] environments start afresh, so that a resumed run goes on to the same last bit
+            envs.close()
             envs, first_obs = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
             raw_obs[0] = first_obs.reshape(N, obs_dim)
             if args.norm_obs == "step":
@@ -783,14 +784,14 @@ def train(args: Args) -> dict:
             next_obs, rewards[t], terminated[t], truncated[t] = step_envs(action.reshape(N, *action_space.shape))
             raw_obs[t + 1] = next_obs.reshape(N, obs_dim)
             if args.norm_obs == "step":
-                obs_rms.update(raw_obs[t + 1])  # [detail 28] before use
+                obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], obs_rms, args)
         for name, x in (("observation", raw_obs[1:]), ("reward", rewards)):
             if not np.isfinite(x).all():
                 t = int(np.argwhere(~np.isfinite(x))[0, 0])
                 raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
         done = terminated | truncated
-        valid[1:] = ~(done & args.mask_resets)  # [ours]
+        valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
         if args.norm_obs == "batch":  # as baselines did in 2017: once per rollout, before the update
             obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
             obs[:] = normalize_obs(raw_obs, obs_rms, args)
@@ -832,7 +833,7 @@ def train(args: Args) -> dict:
         for _ in range(args.update_epochs):
             order = torch.randperm(T * N).to(args.device)  # [detail 06]
             infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
-            if args.target_kl is not None:  # of the whole epoch, not of its last minibatch
+            if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
                 if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
                     break
         with torch.no_grad():
@@ -895,7 +896,7 @@ def train(args: Args) -> dict:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Arguments of the command line and the checkpoint that they name; its settings are their defaults then."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name)
     if not (args.resume or args.evaluate):
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
@@ -903,7 +904,7 @@ def parse_args() -> tuple[Args, dict | None]:
         saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
-    args = tyro.cli(Args, description=__doc__, default=saved)
+    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "run_dir", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
     changed = [
