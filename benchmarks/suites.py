@@ -1,0 +1,186 @@
+"""What is run: each suite is a list of runs, and a run names only the flags that differ from the defaults of its script."""
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+MUJOCO = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
+SECOND_HAND = ("HalfCheetah", "Walker2d", "Swimmer", "Hopper")  # tasks of reference/second_hand_mujoco.csv
+# fmt: off
+ATARI = (  # the 49 games of Table 6
+    "Alien", "Amidar", "Assault", "Asterix", "Asteroids", "Atlantis", "BankHeist", "BattleZone", "BeamRider", "Bowling",
+    "Boxing", "Breakout", "Centipede", "ChopperCommand", "CrazyClimber", "DemonAttack", "DoubleDunk", "Enduro",
+    "FishingDerby", "Freeway", "Frostbite", "Gopher", "Gravitar", "IceHockey", "Jamesbond", "Kangaroo", "Krull",
+    "KungFuMaster", "MontezumaRevenge", "MsPacman", "NameThisGame", "Pitfall", "Pong", "PrivateEye", "Qbert",
+    "Riverraid", "RoadRunner", "Robotank", "Seaquest", "SpaceInvaders", "StarGunner", "Tennis", "TimePilot",
+    "Tutankham", "UpNDown", "Venture", "VideoPinball", "WizardOfWor", "Zaxxon",
+)
+# fmt: on
+SEEDS = (1, 2, 3)
+
+# Steps per second on one core of a 2-core server, for the expected time of a plan where no result says better.
+RATES = {"ppo_continuous": 3000, "ppo_kl_penalty": 3000, "ppo_shared_params": 10000, "ppo_atari": 600, "trpo": 1500, "a2c": 900}
+
+# The configuration that the paper prints (Table 3 names no normalization, no clipping of gradients and a plain 3e-4).
+AS_PRINTED: dict[str, Any] = {
+    "weight_init": "normc",
+    "anneal_lr": False,
+    "norm_adv": "batch",
+    "norm_obs": "none",
+    "clip_obs": "inf",
+    "norm_reward": False,
+    "clip_reward": "inf",
+    "max_grad_norm": "inf",
+    "clip_vloss": False,
+    "clip_actions": False,
+    "vf_coef": 2.0,  # c1 = 1 on the squared error without 1/2
+    "bootstrap_truncated": False,
+}
+CLIP, PENALTY = "ppo_continuous.py", "ppo_kl_penalty.py"
+TABLE1: dict[str, tuple[str, dict[str, Any]]] = {
+    "no clipping or penalty": (CLIP, {"clip_policy": False}),
+    "clipping 0.1": (CLIP, {"clip_coef": 0.1}),
+    "clipping 0.2": (CLIP, {}),
+    "clipping 0.3": (CLIP, {"clip_coef": 0.3}),
+    "adaptive KL 0.003": (PENALTY, {"kl_target": 0.003}),
+    "adaptive KL 0.01": (PENALTY, {"kl_target": 0.01}),
+    "adaptive KL 0.03": (PENALTY, {"kl_target": 0.03}),
+    "fixed KL 0.3": (PENALTY, {"adaptive_kl": False, "kl_coef": 0.3}),
+    "fixed KL 1": (PENALTY, {"adaptive_kl": False, "kl_coef": 1.0}),
+    "fixed KL 3": (PENALTY, {"adaptive_kl": False, "kl_coef": 3.0}),
+    "fixed KL 10": (PENALTY, {"adaptive_kl": False, "kl_coef": 10.0}),
+}
+# One detail off at a time; the baseline of the comparison is the suite base.
+DETAILS: dict[str, dict[str, Any]] = {
+    "02 default init of torch": {"weight_init": "torch"},
+    "03 Adam epsilon 1e-8": {"adam_eps": 1e-8},
+    "04 constant learning rate": {"anneal_lr": False},
+    "05 GAE lambda 0": {"gae_lambda": 0.0},
+    "05 GAE lambda 1": {"gae_lambda": 1.0},
+    "06 whole batch": {"num_minibatches": 1},
+    "07 no advantage normalization": {"norm_adv": "none"},
+    "07 normalization over the batch": {"norm_adv": "batch"},
+    "08 no policy clipping": {"clip_policy": False},
+    "09 no value clipping": {"clip_vloss": False},
+    "11 no gradient clipping": {"max_grad_norm": "inf"},
+    "24 state-dependent deviation": {"state_independent_std": False},
+    "27 no action clipping": {"clip_actions": False},
+    "28 no observation normalization": {"norm_obs": "none"},
+    "28 statistics once per rollout": {"norm_obs": "batch"},
+    "29 no observation clipping": {"clip_obs": "inf"},
+    "30 no reward scaling": {"norm_reward": False},
+    "31 no reward clipping": {"clip_reward": "inf"},
+    "clip range annealed": {"anneal_clip": True},
+    "ours off: time limit terminates": {"bootstrap_truncated": False},
+    "ours off: reset steps learned": {"mask_resets": False},
+}
+DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+
+
+@dataclass(frozen=True)
+class Run:
+    suite: str
+    setting: str
+    script: str  # relative to the repository
+    env: str
+    seed: int
+    flags: dict[str, Any] = field(default_factory=dict)  # beyond env and seed
+
+    @property
+    def name(self) -> str:
+        """File name of its result, without extension."""
+        return f"{slug(self.setting)}__{slug(self.env)}__{self.seed}"
+
+    @property
+    def peer(self) -> bool:
+        """Needs the Python that has the baseline algorithms."""
+        return self.script == "benchmarks/baselines.py"
+
+    def options(self) -> list[str]:
+        """Its flags as command-line options."""
+        return [*option("env", self.env), *option("seed", self.seed), *(x for k, v in self.flags.items() for x in option(k, v))]
+
+
+def slug(text: str) -> str:
+    """Text as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9=.,+-]+", "_", text)
+
+
+def option(name: str, value: Any) -> list[str]:
+    """A flag and its value: clip_coef, 0.1 -> --clip-coef 0.1; anneal_lr, False -> --no-anneal-lr."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    return [f"--{dashed}", str(value)]
+
+
+def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seeds) -> list[Run]:
+    """All settings on all tasks, one whole seed after the other."""
+    return [
+        Run(suite, setting, script, env, seed, flags)
+        for seed in seeds
+        for (setting, (script, flags)), env in itertools.product(settings.items(), envs)
+    ]
+
+
+def make_suite(name: str) -> list[Run]:
+    """Runs of a stored suite."""
+    base = grid("base", {"default": (CLIP, {})}, MUJOCO, SEEDS)
+    if name == "base":
+        return base
+    if name == "table1":
+        return grid(name, {k: (script, AS_PRINTED | flags) for k, (script, flags) in TABLE1.items()}, MUJOCO, SEEDS)
+    if name == "table1-details":
+        return grid(name, TABLE1, MUJOCO, SEEDS)
+    if name == "figure3":  # PPO is the suite base
+        settings = {a: ("benchmarks/baselines.py", {"algorithm": a.lower()}) for a in ("TRPO", "A2C")}
+        own = grid(name, settings, SECOND_HAND, SEEDS) + grid(
+            name, settings, [e for e in MUJOCO if e not in SECOND_HAND], SEEDS
+        )
+        return base + own
+    if name == "table6":
+        return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
+    if name == "details":
+        return grid(name, {k: (CLIP, flags) for k, flags in DETAILS.items()}, DETAILS_TASKS, SEEDS)
+    raise ValueError(name)
+
+
+SUITES = ("base", "table1", "table1-details", "figure3", "table6", "details")
+
+
+UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
+
+
+def make_sweep(name: str, script: str, options: list[str]) -> list[Run]:
+    """Product grid of a command line such as --env Hopper Walker2d --clip-coef 0.1 0.2 --seed 1 2.
+
+    True and False switch a flag on and off; a flag without a value is on.
+    """
+    values: dict[str, list[Any]] = {}
+    key = None
+    for word in options:
+        if word.startswith("--"):
+            key, *given = word[2:].split("=", 1)
+            key = key.replace("-", "_")
+            if key in values:
+                raise ValueError(f"--{key.replace('_', '-')} is given twice")
+            values[key] = list(given)
+        elif key is None:
+            raise ValueError(f"{word} belongs to no flag")
+        else:
+            values[key].append(word)
+    values = {k: [{"True": True, "False": False}.get(v, v) for v in vs] or [True] for k, vs in values.items()}
+    envs, seeds = values.pop("env", None), values.pop("seed", ["1"])
+    if not envs:
+        raise ValueError("a sweep names its environments: --env HalfCheetah Hopper")
+    runs = []
+    for seed in seeds:
+        for combination in itertools.product(*values.values()):
+            flags = dict(zip(values, combination, strict=True))
+            named = [k for k in flags if k not in UNNAMED]
+            setting = ",".join(f"{k}={flags[k]}" for k in named) or "default"
+            runs += [Run(name, setting, script, env, int(seed), flags) for env in envs]
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError("the sweep names one run twice")
+    return runs
