@@ -641,7 +641,8 @@ def train(args: Args) -> dict:
     obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
     return_rms = RunningMeanStd(())
     update = make_update(agent, args)
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
+    if args.compile and not can_compile:
         tqdm.tqdm.write("warning: no C++ compiler found, so the update runs uncompiled, several times slower", sys.stderr)
     elif args.compile:
         # one shape, one set of args: no guards are needed, and they take a fifth of the time of a call
@@ -759,6 +760,7 @@ def train(args: Args) -> dict:
                 raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
         done = terminated | truncated
         valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
+        rewards[~valid[:T]] = 0  # whatever an environment returns for a reset is no reward
         if args.norm_obs == "batch":  # as baselines did in 2017: once per rollout, before the update
             obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
             obs[:] = normalize_obs(raw_obs, obs_rms, args)
@@ -793,7 +795,7 @@ def train(args: Args) -> dict:
         batch = (b_obs[: T * N], b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid)
 
         # 4 update
-        if iteration == first_iteration and args.compile:
+        if iteration == first_iteration and args.compile and can_compile:
             tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
         hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef)]
         infos = []
