@@ -25,6 +25,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+gc.disable()  # collecting garbage while torch and envpool are imported takes a second
 with contextlib.suppress(OSError):  # envpool draws MuJoCo only where the system's OpenGL was loaded before it
     ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
 import envpool
@@ -54,6 +56,8 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Normal
 
+gc.enable()
+gc.freeze()  # nor is there any in what they leave
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
 

@@ -6,6 +6,7 @@ and "test" of DETAILS.md.
 
 import ast
 import difflib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def args_fields(script: str) -> dict[str, tuple[str, str]]:
     """Name -> (type, help) of the fields of Args, in order."""
     body = next(node for node in TREE[script].body if isinstance(node, ast.ClassDef) and node.name == "Args").body
     fields = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             doc = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             fields[node.target.id] = (ast.unparse(node.annotation), str(doc))
