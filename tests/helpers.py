@@ -1,0 +1,81 @@
+"""What several test files need: tiny arguments, log files, and the script as a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ppo_continuous
+from ppo_continuous import Args
+
+SCRIPT = Path(ppo_continuous.__file__)
+TIMES = ("charts/SPS", "charts/seconds")
+TINY: dict[str, Any] = {
+    "env": "envs:Point-v0",
+    "num_envs": 2,
+    "num_steps": 32,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "total_timesteps": 4 * 64,
+    "eval_episodes": 0,
+    "compile": False,
+}
+
+
+def tiny_args(run_dir: Path | str = "run", **changes) -> Args:
+    """Arguments of a run that takes a second: 4 iterations, uncompiled."""
+    return Args(**(TINY | {"run_dir": str(run_dir)} | changes))
+
+
+def tiny_flags(run_dir: Path | str = "run", **changes) -> list[str]:
+    """The same as words of a command line."""
+    flags = []
+    for name, value in (TINY | {"run_dir": str(run_dir)} | changes).items():
+        word = name.replace("_", "-")
+        flags += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
+    return flags
+
+
+def read_jsonl(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_metrics(run_dir: Path | str) -> list[dict]:
+    """metrics.jsonl without what differs between equal runs: times, and the run directory in the header."""
+    records = [{k: v for k, v in record.items() if k not in TIMES} for record in read_jsonl(Path(run_dir) / "metrics.jsonl")]
+    del records[0]["args"]["run_dir"]
+    return records
+
+
+def read_checkpoint(run_dir: Path | str) -> dict:
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def equal(a, b) -> bool:
+    """Bitwise equality of nested checkpoints."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def run_script(*words, script: Path | str = SCRIPT, **env) -> subprocess.CompletedProcess:
+    """python script words..., in the current directory, with the environment variables changed."""
+    command = [sys.executable, str(script), *map(str, words)]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=180, check=False)
+
+
+def run_main(words: list[str], stderr: str):
+    """Body of a child process: the command line `ppo_continuous.py words...`."""
+    output = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = [str(SCRIPT), *words]
+    ppo_continuous.main()
