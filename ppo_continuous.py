@@ -354,14 +354,15 @@ def scale_rewards(
     return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
 
 
-def layer_init(layer: nn.Linear, gain: float, scheme: str) -> nn.Linear:
+def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Module:
     """Initializes weight and bias (zero) of a layer in place and returns it."""
     if scheme == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)  # [detail 02]
     if scheme == "normc":  # the weights of each unit have this norm, as in baselines of 2017
         weight = torch.randn_like(layer.weight)
-        layer.weight.data = min(gain, 1.0) * weight / weight.norm(dim=1, keepdim=True)
-    if scheme != "torch":
+        norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+        layer.weight.data = min(gain, 1.0) * weight / norm
+    if scheme != "torch" and layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
@@ -869,7 +870,10 @@ def parse_args() -> tuple[Args, dict | None]:
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
     try:
-        saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
+        moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
+        if not torch.cuda.is_available():
+            moved["device"] = "cpu"  # a run of a GPU can be looked at without one
+        saved = Args(**checkpoint["args"] | moved)
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
