@@ -99,7 +99,7 @@ class RandomEnds(gymnasium.Env):
 class Identity(gymnasium.Env):
     """Reward -(action - obs)^2, obs uniform in [-1, 1], 8 steps an episode: solved by action = obs. Draws itself."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 25}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
 
     def __init__(self, render_mode: str | None = None):
         self.render_mode = render_mode

@@ -1,7 +1,5 @@
 """compute_gae against the definition: a sum over the future, written out for every step."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,10 @@ from hypothesis import strategies as st
 from ppo_continuous import compute_gae
 
 
-def tensors(*arrays) -> Any:
-    return [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in arrays]
+def gae(rewards, values, terminated, truncated, gamma, gae_lambda, bootstrap_truncated=True) -> np.ndarray:
+    """compute_gae of arrays or lists."""
+    r, v, term, trunc = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (rewards, values, terminated, truncated))
+    return compute_gae(r, v, term, trunc, gamma, gae_lambda, bootstrap_truncated).numpy()
 
 
 def brute_force(rewards, values, terminated, truncated, gamma, gae_lambda, bootstrap_truncated):
@@ -53,42 +53,42 @@ def test_brute_force(rollout, gamma, gae_lambda, bootstrap_truncated):
     expected = brute_force(rewards, values, terminated, truncated, gamma, gae_lambda, bootstrap_truncated)
     advantages = compute_gae(
         *tensors(rewards, values, terminated, truncated),
-        gamma=gamma,
-        gae_lambda=gae_lambda,
+        gamma,
+        gae_lambda,
         bootstrap_truncated=bootstrap_truncated,
     )
-    assert advantages.dtype == torch.float32
+    assert advantages.dtype == np.float32
     assert advantages.shape == rewards.shape
-    np.testing.assert_allclose(advantages.numpy()[~resets], expected[~resets], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(advantages[~resets], expected[~resets], rtol=1e-4, atol=1e-4)
 
 
 @given(rollouts(), st.floats(-1e6, 1e6, width=32))
 def test_rewards_of_reset_steps_change_no_bit(rollout, garbage):
     rewards, values, terminated, truncated, resets = rollout
-    clean = compute_gae(*tensors(rewards, values, terminated, truncated), gamma=0.99, gae_lambda=0.95)
+    clean = gae(rewards, values, terminated, truncated, 0.99, 0.95)
     rewards[resets] = garbage
-    dirty = compute_gae(*tensors(rewards, values, terminated, truncated), gamma=0.99, gae_lambda=0.95)
-    assert np.array_equal(clean.numpy()[~resets], dirty.numpy()[~resets])
+    dirty = gae(rewards, values, terminated, truncated, 0.99, 0.95)
+    assert np.array_equal(clean[~resets], dirty[~resets])
 
 
 def test_worked_example():
     rewards, values = [[1], [2], [-1], [3]], [[0], [1.5], [2], [1], [0]]
     none = np.zeros((4, 1))
-    deltas = compute_gae(*tensors(rewards, values, none, none), gamma=0.9, gae_lambda=0.0)
+    deltas = gae(rewards, values, none, none, 0.9, 0.0)
     np.testing.assert_allclose(deltas[:, 0], [2.35, 2.3, -2.1, 2.0], rtol=1e-6)
-    advantages = compute_gae(*tensors(rewards, values, none, none), gamma=0.9, gae_lambda=0.8)
+    advantages = gae(rewards, values, none, none, 0.9, 0.8)
     np.testing.assert_allclose(advantages[:, 0], [3.664, 1.825, -0.66, 2.0], atol=5e-4)
 
 
 def test_lambda_1_is_monte_carlo_and_lambda_0_is_one_step_td():
     rng = np.random.default_rng(0)
     rewards, values, none = rng.normal(size=(6, 2)), rng.normal(size=(7, 2)), np.zeros((6, 2))
-    monte_carlo = compute_gae(*tensors(rewards, values, none, none), gamma=0.9, gae_lambda=1.0).numpy()
+    monte_carlo = gae(rewards, values, none, none, 0.9, 1.0)
     future = values[6]
     for t in range(5, -1, -1):
         future = rewards[t] + 0.9 * future
         np.testing.assert_allclose(monte_carlo[t], future - values[t], rtol=1e-5, atol=1e-5)
-    one_step = compute_gae(*tensors(rewards, values, none, none), gamma=0.9, gae_lambda=0.0).numpy()
+    one_step = gae(rewards, values, none, none, 0.9, 0.0)
     np.testing.assert_allclose(one_step, rewards + 0.9 * values[1:] - values[:-1], rtol=1e-5, atol=1e-5)
 
 
@@ -104,5 +104,5 @@ def test_lambda_1_is_monte_carlo_and_lambda_0_is_one_step_td():
 )
 def test_kinds_of_end(terminated, truncated, bootstrap_truncated, expected):
     steps = tensors([[1], [100]], [[5], [7], [11]], [[terminated], [0]], [[truncated], [0]])
-    advantages = compute_gae(*steps, gamma=0.9, gae_lambda=0.8, bootstrap_truncated=bootstrap_truncated)
+    advantages = compute_gae(*steps, 0.9, 0.8, bootstrap_truncated)
     assert advantages[0, 0].item() == pytest.approx(expected)
