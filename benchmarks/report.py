@@ -1,0 +1,547 @@
+"""Tables and plots from benchmarks/results/ alone, offline.
+
+    python benchmarks/report.py            rewrite the tables of README.md and benchmarks/RESULTS.md, and the plots
+    python benchmarks/report.py --check    exit code 1 where one of them is not what results/ say
+
+A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`; the functions table_NAME below write them. What
+was not run stays empty. Intervals are 95% stratified bootstrap intervals over seeds (stats.py); of one seed there is none.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import run
+import stats
+import suites
+
+HERE = Path(__file__).resolve().parent
+
+
+def number(x: float) -> str:
+    """Four or so significant digits, without an exponent."""
+    digits = 0 if abs(x) >= 100 else 1 if abs(x) >= 20 else 2
+    return f"{x:.{digits}f}".replace("-0.00", "0.00")
+
+
+def with_interval(scores: np.ndarray, aggregate=stats.mean) -> str:
+    """aggregate(scores) and its interval, for scores (runs, tasks)."""
+    text = number(float(aggregate(scores)))
+    if len(scores) == 1:
+        return text
+    low, high = stats.interval(scores, aggregate)
+    return f"{text} [{number(low)}, {number(high)}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def seeds_text(seeds: list[int]) -> str:
+    return ", ".join(map(str, sorted(set(seeds))))
+
+
+class Results:
+    """All that is in results/ and reference/."""
+
+    def __init__(self, folder: Path):
+        self.reference = HERE / "reference"
+        self.runs: dict[tuple[str, str, str], dict[int, dict]] = {}  # (suite, setting, env) -> seed -> result
+        for file in sorted(folder.glob("*/*.jsonl.gz")):
+            result = run.read_result(file)
+            header = result["header"]
+            group = self.runs.setdefault((header["suite"], header["setting"], header["env"]), {})
+            if group and next(iter(group.values()))["final"]["global_step"] != result["final"]["global_step"]:
+                raise run.RunnerError(f"{file} has another number of steps than the other seeds beside it")
+            if result["final"]["return"] is None:
+                raise run.RunnerError(f"{file} has no finished episode")
+            group[header["seed"]] = result
+        self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
+        self.speed = {
+            p.stem: [json.loads(line) for line in p.read_text().splitlines()]
+            for p in sorted((folder / "speed").glob("*.jsonl"))
+        }
+
+    def csv(self, name: str) -> list[dict[str, str]]:
+        with open(self.reference / name, newline="", encoding="utf-8") as f:
+            return list(csv.DictReader(f))
+
+    def scores(self, suite: str, setting: str, env: str, key: str = "return") -> np.ndarray:
+        """Scores (runs, 1) of one setting on one task, by ascending seed; (0, 1) if nothing was run."""
+        group = self.runs.get((suite, setting, env), {})
+        return np.array([group[seed]["final"][key] for seed in sorted(group)]).reshape(-1, 1)
+
+    def cell(self, suite: str, setting: str, env: str) -> str:
+        scores = self.scores(suite, setting, env)
+        return with_interval(scores) if len(scores) else ""
+
+    def complete_seeds(self, suite: str, setting: str, envs) -> list[int]:
+        """Seeds that were run on all of these tasks."""
+        return sorted(set.intersection(*(set(self.runs.get((suite, setting, env), {})) for env in envs)))
+
+    def matrix(self, suite: str, setting: str, envs) -> np.ndarray:
+        """Scores (complete seeds, tasks)."""
+        seeds = self.complete_seeds(suite, setting, envs)
+        finals = [[self.runs[suite, setting, env][seed]["final"]["return"] for env in envs] for seed in seeds]
+        return np.array(finals).reshape(len(seeds), len(envs))
+
+    def random_means(self, envs) -> np.ndarray | None:
+        return np.array([self.random[e]["mean"] for e in envs]) if all(e in self.random for e in envs) else None
+
+    def footer(self, suite: str) -> str:
+        """Where and with what the runs of a suite were made."""
+        headers = [r["header"] for key, group in self.runs.items() if key[0] == suite for r in group.values()]
+        if not headers:
+            return "\nNothing was run yet.\n"
+
+        def distinct(texts) -> str:
+            return ", ".join(sorted(set(texts)))
+
+        machines = distinct(f"{h['gpu'] + ', ' if h['gpu'] else ''}{h['cpu']}" for h in headers)
+        versions = distinct(f"{name} {version}" for h in headers for name, version in h["versions"].items())
+        scripts = distinct(
+            f"{h['script']} at {h['script_commit'][:10]}"
+            if h["script_commit"]
+            else f"{h['script']} with sha256 {h['script_sha256'][:10]}"
+            for h in headers
+        )
+        return f"\n{len(headers)} runs; {machines}; {versions}; {scripts}.\n"
+
+
+def table_base(results: Results) -> str:
+    rows = []
+    for env in suites.MUJOCO:
+        group = results.runs.get(("base", "default", env), {})
+        if not group:
+            rows.append([f"{env}-v4", "", "", "", ""])
+            continue
+        finals = [r["final"] for r in group.values()]
+        speed = np.median([f["sps"] for f in finals])
+        cells = [results.cell("base", "default", env), seeds_text(list(group)), f"{finals[0]['global_step']:,}", f"{speed:.0f}"]
+        rows.append([f"{env}-v4", *cells])
+    head = ["task", "return, last 100 episodes [95% interval]", "seeds", "steps", "steps/s, one core"]
+    return markdown(head, rows) + results.footer("base")
+
+
+def table_published(results: Results) -> str:
+    reference = results.csv("figure3.csv")
+    head = ["task", "ours, v4", *list(reference[0])[1:]]
+    rows = [[row["task"], results.cell("base", "default", row["task"]), *list(row.values())[1:]] for row in reference]
+    return markdown(head, rows)
+
+
+ALGORITHMS = {"PPO": ("base", "default"), "TRPO": ("figure3", "TRPO"), "A2C": ("figure3", "A2C")}
+
+
+def table_figure3(results: Results) -> str:
+    rows = [[f"{env}-v4", *(results.cell(*key, env) for key in ALGORITHMS.values())] for env in suites.MUJOCO]
+    return markdown(["task", *ALGORITHMS], rows) + results.footer("figure3")
+
+
+def table_second_hand(results: Results) -> str:
+    rows = []
+    for row in results.csv("second_hand_mujoco.csv"):
+        cells = []
+        for algorithm, key in ALGORITHMS.items():
+            cells += [row[algorithm], results.cell(*key, row["task"])]
+        rows.append([row["task"], *cells])
+    return markdown(["task", *(f"{a}, {w}" for a in ALGORITHMS for w in ("claimed", "ours"))], rows)
+
+
+def table1_scores(results: Results, suite: str, best: str) -> dict[str, np.ndarray]:
+    """Normalized scores (complete seeds, tasks) of each setting: random policy 0, best result 1.
+
+    best: "run", the best single run of the task, or "setting", the best mean over seeds of a setting. Both are held
+    fixed in the bootstrap. Empty before every task has a run and a random score.
+    """
+    envs = suites.MUJOCO
+    low = results.random_means(envs)
+    by_setting = {s: [results.scores(suite, s, e) for e in envs] for s in suites.TABLE1}
+    tops = []
+    for i in range(len(envs)):
+        column = [scores[i] for scores in by_setting.values() if len(scores[i])]
+        tops.append(max((c.max() if best == "run" else c.mean() for c in column), default=None))
+    if low is None or None in tops:
+        return {}
+    matrices = {s: results.matrix(suite, s, envs) for s in suites.TABLE1}
+    return {s: stats.normalize(m, low, np.array(tops, dtype=float)) for s, m in matrices.items() if len(m)}
+
+
+def table1(results: Results, suite: str) -> str:
+    """Table 1 of the paper beside ours, and the returns that it was made of."""
+    by_run, by_setting = (table1_scores(results, suite, best) for best in ("run", "setting"))
+    rows = []
+    for row in results.csv("table1.csv"):
+        s = row["setting"]
+        cells = [with_interval(by[s]) if s in by else "" for by in (by_run, by_setting)]
+        cells.append(with_interval(by_run[s], stats.iqm) if s in by_run else "")
+        rows.append([s, row["score"], *cells, seeds_text(results.complete_seeds(suite, s, suites.MUJOCO))])
+    head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "seeds"]
+    text = markdown(head, rows)
+    rows = [[s, *(results.cell(suite, s, env) for env in suites.MUJOCO)] for s in suites.TABLE1]
+    return text + "\n" + markdown(["return", *suites.MUJOCO], rows) + results.footer(suite)
+
+
+def table_table1(results: Results) -> str:
+    return table1(results, "table1")
+
+
+def table_table1_details(results: Results) -> str:
+    return table1(results, "table1-details")
+
+
+def detail_effects(results: Results) -> dict[str, dict[str, np.ndarray]]:
+    """Scores with one detail off and with all on, on the tasks of both, where the random policy is 0 and all on is 1."""
+    effects = {}
+    for setting in suites.DETAILS:
+        envs = suites.DETAILS_TASKS
+        off, on, low = (
+            results.matrix("details", setting, envs),
+            results.matrix("base", "default", envs),
+            results.random_means(envs),
+        )
+        if len(off) and len(on) and low is not None:
+            top = on.mean(axis=0)
+            effects[setting] = {"off": stats.normalize(off, low, top), "on": stats.normalize(on, low, top)}
+    return effects
+
+
+def table_details(results: Results) -> str:
+    effects, rows = detail_effects(results), []
+    for setting in suites.DETAILS:
+        cells = [results.cell("details", setting, env) for env in suites.DETAILS_TASKS]
+        effect = probability = ""
+        if setting in effects:
+            off, on = effects[setting]["off"], effects[setting]["on"]
+            effect = f"{stats.mean(off) - stats.mean(on):+.2f}"
+            probability = f"{stats.probability_of_improvement(off, on):.2f}"
+            if len(off) > 1 and len(on) > 1:
+                low, high = stats.difference_interval(off, on)
+                effect += f" [{low:+.2f}, {high:+.2f}]"
+                low, high = stats.probability_of_improvement_interval(off, on)
+                probability += f" [{low:.2f}, {high:.2f}]"
+        rows.append(
+            [setting, effect, probability, *cells, seeds_text(results.complete_seeds("details", setting, suites.DETAILS_TASKS))]
+        )
+    all_on = ["all on (suite base)", "", "", *(results.cell("base", "default", env) for env in suites.DETAILS_TASKS)]
+    rows.insert(0, [*all_on, seeds_text(results.complete_seeds("base", "default", suites.DETAILS_TASKS))])
+    head = ["one detail off", "effect on the normalized score", "probability of improvement", *suites.DETAILS_TASKS, "seeds"]
+    return markdown(head, rows) + results.footer("details")
+
+
+def table_table6(results: Results) -> str:
+    published = {row["game"]: row for row in results.csv("ppo_paper_atari_table6.csv")}
+    rows = []
+    for game in suites.ATARI:
+        row = published[game]
+        seeds = seeds_text(list(results.runs.get(("table6", "default", game), {})))
+        rows.append([game, results.cell("table6", "default", game), seeds, row["ppo"], row["a2c"], row["acer"]])
+    return markdown(["game", "ours", "seeds", "PPO, paper", "A2C, paper", "ACER, paper"], rows) + results.footer("table6")
+
+
+def table_games_won(results: Results) -> str:
+    """Games won, and medians of the human-normalized score, over the games that were run."""
+    published = {row["game"]: row for row in results.csv("ppo_paper_atari_table6.csv")}
+    levels = {row["game"]: row for row in results.csv("atari_human_random.csv")}
+    games = [game for game in suites.ATARI if ("table6", "default", game) in results.runs]
+    wins = {"a2c": 0, "acer": 0, "ours": 0, "tie": 0}
+    for game in games:
+        scores = {"a2c": float(published[game]["a2c"]), "acer": float(published[game]["acer"])}
+        scores["ours"] = float(results.scores("table6", "default", game).mean())
+        best = [name for name, score in scores.items() if score == max(scores.values())]
+        wins[best[0] if len(best) == 1 else "tie"] += 1
+    head = ["last 100 episodes", "A2C", "ACER", "PPO", "tie", "games", "human-normalized median of PPO"]
+    paper = next(row for row in results.csv("table2.csv") if row["metric"] == "last 100 episodes")
+    low, high = (np.array([float(levels[g][k]) for g in suites.ATARI]) for k in ("random", "human"))
+    theirs = np.array([[float(published[g]["ppo"]) for g in suites.ATARI]])
+    median = number(float(stats.median(stats.normalize(theirs, low, high))))
+    rows = [["paper", paper["a2c"], paper["acer"], paper["ppo"], paper["tie"], "49", median]]
+    ours = [str(wins[k]) if games else "" for k in ("a2c", "acer", "ours", "tie")]
+    matrix = results.matrix("table6", "default", suites.ATARI)
+    human = with_interval(stats.normalize(matrix, low, high), stats.median) if len(matrix) else ""
+    rows.append(["ours against the paper's A2C and ACER", *ours, str(len(games)) if games else "", human])
+    return markdown(head, rows)
+
+
+def table_random(results: Results) -> str:
+    rows = []
+    for env in suites.MUJOCO:
+        r = results.random.get(env)
+        rows.append([r["id"], number(r["mean"]), number(r["std"]), str(r["episodes"])] if r else [f"{env}-v4", "", "", ""])
+    return markdown(["task", "mean return", "standard deviation", "episodes"], rows)
+
+
+def table_speed(results: Results) -> str:
+    text = ""
+    for records in results.speed.values():
+        header, measured = records[0], records[1:]
+        rates: dict[str, dict[int, float]] = {}
+        for record in measured:
+            rates.setdefault(record["contestant"], {})[record["round"]] = record["sps"]
+        first = next(iter(rates))
+        rows = []
+        for contestant, by_round in rates.items():
+            values = np.array(list(by_round.values()))
+            ratios = np.array([rates[first][r] / by_round[r] for r in by_round if r in rates[first]])
+            rows.append([
+                contestant,
+                f"{np.median(values):.0f} [{values.min():.0f}, {values.max():.0f}]",
+                f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]",
+                str(len(values)),
+            ])  # fmt: skip
+        head = [f"{header['env']}", "steps/s, median [least, most]", f"{first} is faster by", "alternations"]
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
+        text += markdown(head, rows) + (
+            f"\n{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s); {versions}; "
+            f"{header['steps']:,} steps a measurement, start-up and compilation left out.\n\n"
+        )
+    return text.rstrip("\n") + "\n" if text else "Nothing was measured yet.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots: each has a function for its data and one that draws it. The digest of both is stored in the file.
+
+STYLES = (("black", "-", "o"), ("#c0392b", "--", "s"), ("#7f8c8d", "-.", "^"))
+
+
+def curves_data(results: Results, algorithms: dict[str, tuple[str, str]], envs) -> dict:
+    """env -> algorithm -> steps, mean, interval of the last-100 return over seeds."""
+    data: dict = {}
+    for env in envs:
+        for algorithm, key in algorithms.items():
+            curves = [r["curve"] for r in results.runs.get((*key, env), {}).values()]
+            if not curves:
+                continue
+            points = [i for i in range(len(curves[0]["return"])) if all(c["return"][i] is not None for c in curves)]
+            steps = [curves[0]["global_step"][i] for i in points]
+            returns = np.array([[c["return"][i] for i in points] for c in curves])  # (seeds, points)
+            # whole curves are resampled: the same seeds at all points
+            resampled = returns[np.random.default_rng(0).integers(len(returns), size=(2000, len(returns)))].mean(axis=1)
+            low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+            data.setdefault(env, {})[algorithm] = {
+                "steps": steps,
+                "mean": returns.mean(axis=0).round(3).tolist(),
+                "low": low.round(3).tolist(),
+                "high": high.round(3).tolist(),
+                "seeds": len(curves),
+            }
+    return data
+
+
+def draw_curves(data: dict, plt):
+    columns = min(4, len(data))
+    rows = -(-len(data) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(data) :]:
+        axis.axis("off")
+    names: dict = {}
+    for axis, (env, algorithms) in zip(axes.flat, data.items(), strict=False):
+        for i, (algorithm, curve) in enumerate(algorithms.items()):
+            color, line, marker = STYLES[i % len(STYLES)]
+            million = np.array(curve["steps"]) / 1e6
+            every = max(len(million) // 8, 1)
+            (names[algorithm],) = axis.plot(
+                million,
+                curve["mean"],
+                line,
+                color=color,
+                marker=marker,
+                markevery=(i * every // 3, every),
+                markersize=4,
+                lw=1.2,
+            )
+            axis.fill_between(million, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
+        seeds = sorted({curve["seeds"] for curve in algorithms.values()})
+        axis.set_title(f"{env} ({'/'.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("million steps", fontsize=7)
+    axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
+    figure.legend(names.values(), names.keys(), loc="lower right", fontsize=9, frameon=False, handlelength=4)
+    figure.tight_layout()
+    return figure
+
+
+def table1_data(results: Results) -> dict:
+    paper = {row["setting"]: float(row["score"]) for row in results.csv("table1.csv")}
+    data: dict = {}
+    for suite, label in (("table1", "ours, as printed"), ("table1-details", "ours, all details")):
+        for setting, scores in table1_scores(results, suite, "run").items():
+            low, high = stats.interval(scores) if len(scores) > 1 else (float(stats.mean(scores)),) * 2
+            data.setdefault(label, {})[setting] = [round(float(stats.mean(scores)), 4), round(low, 4), round(high, 4)]
+    return {"paper": paper, "ours": data} if data else {}
+
+
+def draw_table1(data: dict, plt):
+    settings = list(data["paper"])
+    series = {"paper": {s: [x, x, x] for s, x in data["paper"].items()}, **data["ours"]}
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    width = 0.8 / len(series)
+    looks = (("white", "////"), ("#7f8c8d", ""), ("black", ""))
+    for i, (label, bars) in enumerate(series.items()):
+        x = [settings.index(s) + (i - (len(series) - 1) / 2) * width for s in bars]
+        mean, low, high = (np.array([bars[s][k] for s in bars]) for k in range(3))
+        errors = None if label == "paper" else [mean - low, high - mean]
+        axis.bar(
+            x, mean, width, yerr=errors, label=label, color=looks[i][0], hatch=looks[i][1], edgecolor="black", lw=0.7,
+            error_kw={"ecolor": "#c0392b", "lw": 1.2, "capsize": 2},
+        )  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(range(len(settings)), settings, rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel("normalized score\n(random policy 0, best run 1)", fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def details_data(results: Results) -> dict:
+    data = {}
+    for setting, effect in detail_effects(results).items():
+        off, on = effect["off"], effect["on"]
+        mean = float(stats.mean(off) - stats.mean(on))
+        low, high = stats.difference_interval(off, on) if len(off) > 1 and len(on) > 1 else (mean, mean)
+        data[setting] = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "seeds": len(off)}
+    return data
+
+
+def draw_details(data: dict, plt):
+    figure, axis = plt.subplots(figsize=(7, 0.28 * len(data) + 1.1))
+    for y, effect in enumerate(data.values()):
+        axis.plot([effect["low"], effect["high"]], [y, y], "-", color="black", lw=1.4)
+        clear = effect["low"] > 0 or effect["high"] < 0
+        axis.plot(effect["mean"], y, "s" if clear else "o", color="black", mfc="black" if clear else "white", markersize=5)
+    axis.axvline(0, color="black", lw=0.8, ls=":")
+    axis.set_yticks(range(len(data)), list(data), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("effect of switching one detail off (all details on: 1, random policy: 0)", fontsize=8)
+    axis.set_title("filled squares: the interval excludes 0", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", alpha=0.25)
+    figure.tight_layout()
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable, Callable]] = {
+    "curves": ("Learning curves of PPO, TRPO and A2C", lambda r: curves_data(r, ALGORITHMS, suites.MUJOCO), draw_curves),
+    "table1": ("Table 1 of the paper beside ours", table1_data, draw_table1),
+    "details": ("Effect of each detail", details_data, draw_details),
+    "atari": (
+        "Learning curves on Atari",
+        lambda r: curves_data(r, {"PPO": ("table6", "default")}, suites.ATARI),
+        draw_curves,
+    ),
+}
+
+
+def digest(data: dict, draw: Callable) -> str:
+    text = json.dumps([data, STYLES], sort_keys=True) + inspect.getsource(draw)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored_digest(file: Path) -> str | None:
+    found = re.search(r"digest ([0-9a-f]{64})", file.read_text()) if file.is_file() else None
+    return found.group(1) if found else None
+
+
+def draw_plot(file: Path, data: dict, draw: Callable):
+    """Draws an SVG that is the same on every call, with its digest as description."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context({"svg.hashsalt": "ppo", "hatch.linewidth": 0.6}):
+        figure = draw(data, plt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None, "Description": f"digest {digest(data, draw)}"})
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "base": table_base,
+    "published": table_published,
+    "figure3": table_figure3,
+    "second_hand": table_second_hand,
+    "table1": table_table1,
+    "table1_details": table_table1_details,
+    "details": table_details,
+    "table6": table_table6,
+    "games_won": table_games_won,
+    "random": table_random,
+    "speed": table_speed,
+}
+
+
+def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
+    """Text with what stands between its markers written anew."""
+    opened, closed = len(re.findall("<!-- table:", text)), len(re.findall("<!-- /table -->", text))
+    pattern = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+    if not opened == closed == len(pattern.findall(text)):
+        raise run.RunnerError(f"{name}: the table markers do not pair up")
+
+    def replace(match: re.Match) -> str:
+        if match.group(1) not in tables:
+            raise run.RunnerError(f"{name}: there is no table {match.group(1)}; tables: {', '.join(tables)}")
+        return f"<!-- table:{match.group(1)} -->\n{tables[match.group(1)]()}<!-- /table -->"
+
+    return pattern.sub(replace, text)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something is stale")
+    parser.add_argument("--results-dir", type=Path, default=run.RESULTS)
+    parser.add_argument("--readme", type=Path, default=run.ROOT / "README.md")
+    parser.add_argument("--results-md", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--plots-dir", type=Path, default=HERE / "plots")
+    options = parser.parse_args(argv)
+    stale = []
+    try:
+        results = Results(options.results_dir)
+        tables: dict[str, Callable[[], str]] = {name: functools.partial(table, results) for name, table in TABLES.items()}
+        for name, (title, make_data, draw) in PLOTS.items():
+            data, file = make_data(results), options.plots_dir / f"{name}.svg"
+            link = f"![{title}](plots/{file.name})\n" if data else "Nothing was run yet.\n"
+            tables[f"plot_{name}"] = functools.partial(str, link)
+            if not data and file.is_file():
+                stale.append(file)
+                if not options.check:
+                    file.unlink()
+            elif data and stored_digest(file) != digest(data, draw):
+                stale.append(file)
+                if not options.check:
+                    draw_plot(file, data, draw)
+        for file in (options.readme, options.results_md):
+            if not file.is_file():
+                continue
+            old = file.read_text()
+            new = fill(old, tables, file.name)
+            if new != old:
+                stale.append(file)
+                if not options.check:
+                    file.write_text(new)
+    except run.RunnerError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 1
+    for file in stale:
+        print(f"{'stale' if options.check else 'written'}: {file.name}")
+    if not stale:
+        print("tables and plots are what results/ say")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
