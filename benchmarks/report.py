@@ -310,7 +310,7 @@ def table_speed(results: Results) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each has a function for its data and one that draws it. The digest of both is stored in the file.
 
-STYLES = (("black", "-", "o"), ("#c0392b", "--", "s"), ("#7f8c8d", "-.", "^"))
+STYLES = (("black", "-", "o", "black"), ("#c0392b", "--", "s", "white"), ("#7f8c8d", "-.", "^", "#7f8c8d"))
 
 
 def curves_data(results: Results, algorithms: dict[str, tuple[str, str]], envs) -> dict:
@@ -346,7 +346,7 @@ def draw_curves(data: dict, plt):
     names: dict = {}
     for axis, (env, algorithms) in zip(axes.flat, data.items(), strict=False):
         for i, (algorithm, curve) in enumerate(algorithms.items()):
-            color, line, marker = STYLES[i % len(STYLES)]
+            color, line, marker, face = STYLES[i % len(STYLES)]
             million = np.array(curve["steps"]) / 1e6
             every = max(len(million) // 8, 1)
             (names[algorithm],) = axis.plot(
@@ -357,6 +357,7 @@ def draw_curves(data: dict, plt):
                 marker=marker,
                 markevery=(i * every // 3, every),
                 markersize=4,
+                mfc=face,
                 lw=1.2,
             )
             axis.fill_between(million, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
@@ -386,14 +387,14 @@ def draw_table1(data: dict, plt):
     series = {"paper": {s: [x, x, x] for s, x in data["paper"].items()}, **data["ours"]}
     figure, axis = plt.subplots(figsize=(9, 3.8))
     width = 0.8 / len(series)
-    looks = (("white", "////"), ("#7f8c8d", ""), ("black", ""))
+    looks = (("white", "////"), ("#c8c8c8", ""), ("#707070", ""))
     for i, (label, bars) in enumerate(series.items()):
         x = [settings.index(s) + (i - (len(series) - 1) / 2) * width for s in bars]
         mean, low, high = (np.array([bars[s][k] for s in bars]) for k in range(3))
         errors = None if label == "paper" else [mean - low, high - mean]
         axis.bar(
             x, mean, width, yerr=errors, label=label, color=looks[i][0], hatch=looks[i][1], edgecolor="black", lw=0.7,
-            error_kw={"ecolor": "#c0392b", "lw": 1.2, "capsize": 2},
+            error_kw={"ecolor": "black", "lw": 1.2, "capsize": 2},
         )  # fmt: skip
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(settings)), settings, rotation=30, ha="right", fontsize=8)
