@@ -51,12 +51,7 @@ def rollouts(draw):
 def test_brute_force(rollout, gamma, gae_lambda, bootstrap_truncated):
     rewards, values, terminated, truncated, resets = rollout
     expected = brute_force(rewards, values, terminated, truncated, gamma, gae_lambda, bootstrap_truncated)
-    advantages = compute_gae(
-        *tensors(rewards, values, terminated, truncated),
-        gamma,
-        gae_lambda,
-        bootstrap_truncated=bootstrap_truncated,
-    )
+    advantages = gae(rewards, values, terminated, truncated, gamma, gae_lambda, bootstrap_truncated)
     assert advantages.dtype == np.float32
     assert advantages.shape == rewards.shape
     np.testing.assert_allclose(advantages[~resets], expected[~resets], rtol=1e-4, atol=1e-4)
@@ -103,6 +98,6 @@ def test_lambda_1_is_monte_carlo_and_lambda_0_is_one_step_td():
     ],
 )
 def test_kinds_of_end(terminated, truncated, bootstrap_truncated, expected):
-    steps = tensors([[1], [100]], [[5], [7], [11]], [[terminated], [0]], [[truncated], [0]])
-    advantages = compute_gae(*steps, 0.9, 0.8, bootstrap_truncated)
+    ends = [[terminated], [0]], [[truncated], [0]]
+    advantages = gae([[1], [100]], [[5], [7], [11]], *ends, 0.9, 0.8, bootstrap_truncated)
     assert advantages[0, 0].item() == pytest.approx(expected)

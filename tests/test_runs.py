@@ -1,0 +1,281 @@
+"""Whole runs: reproducible, killed and resumed, interrupted, copied, evaluated, logged."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ppo_continuous
+from helpers import SCRIPT, Child, equal, read_checkpoint, read_jsonl, read_metrics, run_script, tiny_args, tiny_flags
+from ppo_continuous import evaluate, load_checkpoint, main, train
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs the command line in this process: words -> exit code, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_same_seed_same_bits_other_seed_other_numbers():
+    settings = {"env": "Hopper", "num_steps": 64, "total_timesteps": 3 * 128, "checkpoint_every": 2}
+    for run_dir, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny_args(run_dir, seed=seed, **settings))
+    assert read_metrics("a") == read_metrics("b")
+    assert Path("a/episodes.jsonl").read_bytes() == Path("b/episodes.jsonl").read_bytes()
+    assert len(read_jsonl("a/episodes.jsonl")) > 3
+    a, b, c = (read_checkpoint(run_dir) for run_dir in "abc")
+    for key in a.keys() - {"args", "log_sizes"}:
+        assert equal(a[key], b[key]), key
+        if key not in ("kind", "iteration", "global_step"):
+            assert not equal(a[key], c[key]), key
+    assert [r["losses/value_loss"] for r in read_metrics("a")[1:]] != [r["losses/value_loss"] for r in read_metrics("c")[1:]]
+
+
+def test_log_files():
+    train(tiny_args())
+    header, *records = read_jsonl("run/metrics.jsonl")
+    assert header["args"]["seed"] == 1
+    assert header["script"] == "ppo_continuous.py"
+    assert header["versions"].keys() >= {"python", "torch", "numpy", "envpool", "gymnasium"}
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4]
+    assert [record["global_step"] for record in records] == [64, 128, 192, 256]
+    np.testing.assert_allclose([r["charts/learning_rate"] for r in records], [3e-4, 2.25e-4, 1.5e-4, 0.75e-4])
+    names = "policy_loss value_loss entropy approx_kl old_approx_kl clipfrac explained_variance grad_norm"
+    for record in records:
+        assert record.keys() >= {f"losses/{name}" for name in names.split()} | {"charts/SPS", "charts/seconds"}
+    episodes = read_jsonl("run/episodes.jsonl")
+    returns = [e["return"] for e in episodes if e["global_step"] <= 64]
+    assert records[0]["charts/episodic_return"] == pytest.approx(np.mean(returns))
+    assert Path("run/ppo_continuous.py").read_bytes() == SCRIPT.read_bytes()
+    assert sorted(os.listdir("run")) == ["checkpoint.pt", "episodes.jsonl", "metrics.jsonl", "ppo_continuous.py"]
+
+
+def wait_until(condition, child):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert child.process.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_killed_at_ten_moments_and_resumed(checkpoint_every):
+    """checkpoint_every 1: a kill often hits the writing of a checkpoint; 4: most lose iterations that must come again."""
+    iterations = 24
+    settings = {
+        "num_steps": 16,
+        "num_minibatches": 1,
+        "update_epochs": 1,
+        "total_timesteps": iterations * 32,
+        "checkpoint_every": checkpoint_every,
+    }
+    assert Child(*tiny_flags("whole", **settings)).wait() == 0
+    times = [record["charts/seconds"] for record in read_jsonl("whole/metrics.jsonl")[1:]]
+    iteration_time = (times[-1] - times[0]) / (iterations - 1)
+
+    rng, metrics, reached = random.Random(checkpoint_every), Path("killed/metrics.jsonl"), []
+    words = tiny_flags("killed", **settings)
+    for kill in range(10):
+        child = Child(*words)
+        if kill == 0:
+            wait_until(Path("killed/checkpoint.pt").exists, child)
+        target = 2 * kill + rng.choice([0, 1])  # lines of the log to be there before the kill: it goes on from kill to kill
+        wait_until(lambda target=target: metrics.read_bytes().count(b"\n") > target, child)
+        time.sleep(rng.uniform(0, 1.5 * iteration_time))
+        child.kill()
+        assert child.process.exitcode == -signal.SIGKILL
+        reached.append(read_checkpoint("killed")["iteration"])
+        words = ["--resume", "killed"]
+    assert len(set(reached)) >= 3  # the kills hit different parts of the run
+    assert Child("--resume", "killed").wait() == 0, Path("child.txt").read_text()
+
+    whole, killed = read_checkpoint("whole"), read_checkpoint("killed")
+    assert killed["iteration"] == iterations
+    for key in whole.keys() - {"args", "log_sizes"}:
+        assert equal(whole[key], killed[key]), key
+    assert Path("whole/episodes.jsonl").read_bytes() == Path("killed/episodes.jsonl").read_bytes()
+    assert len(read_jsonl("whole/episodes.jsonl")) > 20
+    assert read_metrics("whole") == read_metrics("killed")
+
+
+def test_resume_of_a_finished_run_changes_nothing_and_evaluates(command_line):
+    train(tiny_args(checkpoint_every=3))
+    files = {path: path.read_bytes() for path in Path("run").iterdir() if path.name != "checkpoint.pt"}
+    before = read_checkpoint("run")
+    code, out, _ = command_line("--resume", "run", "--eval-episodes", 2)
+    assert code == 0
+    assert "over 2 episodes" in out
+    assert {path: path.read_bytes() for path in files} == files
+    assert equal(read_checkpoint("run"), before)
+
+
+def test_resume_keeps_schedule_and_settings(command_line):
+    """The flags of the first command need not be given again, and others than those of the machine must not be changed."""
+    train(tiny_args(learning_rate=1e-3, seed=5))
+    code, _, err = command_line("--resume", "run/checkpoint.pt", "--learning-rate", "0.1", "--seed", "6")
+    assert code == 2
+    assert "--seed" in err
+    assert "--learning-rate" in err
+    assert command_line("--resume", "run", "--no-compile", "--seed", "5")[0] == 0
+    assert len(read_jsonl("run/metrics.jsonl")) == 5
+
+
+def test_evaluation_has_frozen_statistics_and_repeats_itself():
+    train(tiny_args(env="Hopper", num_steps=64, total_timesteps=3 * 128))
+    before = Path("run/checkpoint.pt").read_bytes()
+    checkpoint, _ = load_checkpoint("run")
+    untouched = read_checkpoint("run")
+    args = tiny_args(env="Hopper", eval_episodes=3)
+    first, second = evaluate(args, checkpoint), evaluate(args, checkpoint)
+    assert first == second
+    assert equal(checkpoint, untouched)
+    assert Path("run/checkpoint.pt").read_bytes() == before
+    assert len(set(first["returns"])) == 3  # different environments
+    sampled = tiny_args(env="Hopper", eval_episodes=3, eval_deterministic=False)
+    assert evaluate(sampled, checkpoint) == evaluate(sampled, checkpoint) != first
+    checkpoint["obs_rms"]["mean"] += 1.0
+    assert evaluate(args, checkpoint) != first  # the statistics of training are used
+
+
+def test_evaluation_against_playing_by_hand():
+    """Torch instead of numpy for the policy, one Gymnasium environment instead of a vector."""
+    train(tiny_args())
+    checkpoint = read_checkpoint("run")
+    args = tiny_args(eval_episodes=2)
+    seeds = np.random.default_rng([args.seed, 2**31]).integers(2**31, size=2).tolist()
+    agent = ppo_continuous.Agent(2, 1)
+    torch.nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
+    rms = {key: np.asarray(value) for key, value in checkpoint["obs_rms"].items()}
+    returns, lengths = [], []
+    for seed in seeds:
+        env = ppo_continuous.gymnasium.make("envs:Point-v0")
+        obs, _ = env.reset(seed=seed)
+        total, length, done = 0.0, 0, False
+        while not done:
+            x = np.clip((obs - rms["mean"]) / np.sqrt(rms["m2"] / rms["count"] + 1e-8), -10, 10)
+            with torch.no_grad():
+                action = agent.actor(torch.as_tensor(x, dtype=torch.float32)).clamp(-1, 1).numpy()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+        returns.append(total)
+        lengths.append(length)
+    evaluation = evaluate(args, checkpoint)
+    assert evaluation["lengths"] == lengths
+    np.testing.assert_allclose(evaluation["returns"], returns, rtol=1e-4)
+
+
+def test_evaluate_command_writes_a_gif(command_line):
+    train(tiny_args(env="envs:Identity-v0"))
+    before = Path("run/checkpoint.pt").read_bytes()
+    code, out, _ = command_line("--evaluate", "run", "--capture-video", "--eval-episodes", 2)
+    assert code == 0
+    assert "evaluation, mean actions: return" in out
+    with Image.open("run/evaluation.gif") as gif:
+        assert gif.size == (64, 32)
+        assert gif.n_frames == 4  # every second of 8 steps
+    assert Path("run/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(ppo_continuous.ctypes.util.find_library("EGL") is None, reason="MuJoCo draws with OpenGL: no libEGL")
+def test_gif_of_mujoco(command_line):
+    train(tiny_args(env="InvertedPendulum"))
+    assert command_line("--evaluate", "run", "--capture-video", "--eval-episodes", 1)[0] == 0
+    with Image.open("run/evaluation.gif") as gif:
+        assert gif.size == (320, 240)
+        assert np.asarray(gif.convert("L")).std() > 1  # shows something
+
+
+def test_without_a_compiler_one_line_warns_and_the_run_is_the_eager_one(command_line, monkeypatch):
+    train(tiny_args("eager"))
+    monkeypatch.setenv("CXX", "/nonexistent")
+    code, _, err = command_line(*tiny_flags("run", compile=True))
+    assert code == 0
+    assert [line for line in err.splitlines() if "compil" in line] == [
+        "warning: no C++ compiler found, so the update runs uncompiled, several times slower"
+    ]
+    assert torch.equal(read_checkpoint("run")["theta"], read_checkpoint("eager")["theta"])
+
+
+def test_renamed_copy_alone_in_an_empty_directory():
+    shutil.copy(SCRIPT, "my_experiment.py")
+    words = tiny_flags("", env="InvertedPendulum", eval_episodes=1)
+    words = words[: words.index("--run-dir")] + words[words.index("--run-dir") + 2 :]
+    done = run_script(*words, script="my_experiment.py", PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir()) == ["my_experiment.py", "runs"]
+    (run_dir,) = Path("runs").iterdir()
+    assert run_dir.name.startswith("my_experiment__InvertedPendulum__1__")
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "checkpoint.pt",
+        "episodes.jsonl",
+        "metrics.jsonl",
+        "my_experiment.py",
+    ]
+    assert read_jsonl(run_dir / "metrics.jsonl")[0]["script"] == "my_experiment.py"
+    assert f"run directory: {run_dir}" in done.stdout
+    assert "evaluation, mean actions" in done.stdout
+    assert done.stdout.startswith("InvertedPendulum, seed 1: return ")
+
+
+def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on():
+    settings = {"total_timesteps": 64 * 1000, "checkpoint_every": 2}
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *tiny_flags("run", **settings)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not Path("run/metrics.jsonl").exists() or len(read_whole_lines("run/metrics.jsonl")) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == f"ppo_continuous.py: interrupted; continue with: python {SCRIPT} --resume run"
+    assert "Traceback" not in err
+    reached = read_checkpoint("run")["iteration"]
+    assert reached >= 2
+
+    # it can be resumed: to a nearby end that the test does not wait long for
+    words = ["--resume", "run", "--total-timesteps", str(64 * (reached + 3))]
+    done = Child(*words)
+    assert done.wait() == 0, Path("child.txt").read_text()
+    assert read_checkpoint("run")["iteration"] == reached + 3
+    assert [r["iteration"] for r in read_jsonl("run/metrics.jsonl")[1:]] == list(range(1, reached + 4))
+
+
+def read_whole_lines(path):
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def test_wandb_offline():
+    done = run_script(*tiny_flags("run", track=True), WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    (record,) = Path("run/wandb").glob("offline-run-*/run-*.wandb")
+    text = record.read_bytes()
+    for key in ("losses/value_loss", "losses/approx_kl", "charts/learning_rate", "charts/episodic_return", "charts/SPS"):
+        assert key.encode() in text, key
+    assert len(read_jsonl("run/metrics.jsonl")) == 5
