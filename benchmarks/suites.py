@@ -44,10 +44,10 @@ TABLE1: dict[str, tuple[str, dict[str, Any]]] = {
     "clipping 0.2": (CLIP, {}),
     "clipping 0.3": (CLIP, {"clip_coef": 0.3}),
     "adaptive KL 0.003": (PENALTY, {"kl_target": 0.003}),
-    "adaptive KL 0.01": (PENALTY, {"kl_target": 0.01}),
+    "adaptive KL 0.01": (PENALTY, {}),
     "adaptive KL 0.03": (PENALTY, {"kl_target": 0.03}),
     "fixed KL 0.3": (PENALTY, {"adaptive_kl": False, "kl_coef": 0.3}),
-    "fixed KL 1": (PENALTY, {"adaptive_kl": False, "kl_coef": 1.0}),
+    "fixed KL 1": (PENALTY, {"adaptive_kl": False}),
     "fixed KL 3": (PENALTY, {"adaptive_kl": False, "kl_coef": 3.0}),
     "fixed KL 10": (PENALTY, {"adaptive_kl": False, "kl_coef": 10.0}),
 }

@@ -1,0 +1,636 @@
+"""The benchmark runner, its statistics and its report, on a stand-in script that trains in no time."""
+
+import errno
+import gzip
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "benchmarks"))
+import report  # noqa: E402
+import run  # noqa: E402
+import stats  # noqa: E402
+import suites  # noqa: E402
+
+# A script with the command line and the files of the real ones. 10 iterations of 100 steps, one episode each, with a
+# checkpoint after every second. CRASH always fails, FLAKY fails once, SLOW takes a second.
+STAND_IN = """
+import argparse, json, os, sys, time
+from pathlib import Path
+p = argparse.ArgumentParser()
+p.add_argument("--env"); p.add_argument("--seed", type=int); p.add_argument("--run-dir"); p.add_argument("--resume")
+p.add_argument("--eval-episodes"); p.add_argument("--clip-coef", type=float, default=0.2)
+p.add_argument("--total-timesteps", type=int, default=1_000)
+a = p.parse_args()
+d = Path(a.resume or a.run_dir)
+if a.resume:
+    c = json.loads((d / "checkpoint.pt").read_text())
+    a = argparse.Namespace(**c["args"])
+else:
+    d.mkdir(parents=True)
+    c = {"iteration": 0, "sizes": [0, 0], "args": vars(a)}
+m, e = open(d / "metrics.jsonl", "a", buffering=1), open(d / "episodes.jsonl", "a", buffering=1)
+m.truncate(c["sizes"][0]); e.truncate(c["sizes"][1])
+with open(d.parent / "starts", "a") as f:
+    f.write(f"{d.name} {c['iteration']}\\n")
+def save(i):
+    c.update(iteration=i, sizes=[m.tell(), e.tell()])
+    t = d / "checkpoint.tmp"; t.write_text(json.dumps(c)); os.replace(t, d / "checkpoint.pt")
+if c["iteration"] == 0:
+    args = vars(a) | {"num_envs": 1, "num_steps": 100}
+    m.write(json.dumps({"args": args, "script": "ppo_continuous.py", "script_sha256": "0", "git_revision": None,
+                        "versions": {"python": "3"}, "cpu": "test", "cpu_cores": 1, "gpu": None}) + "\\n")
+    save(0)
+for i in range(c["iteration"] + 1, a.total_timesteps // 100 + 1):
+    if a.env == "SLOW":
+        time.sleep(0.1)
+    once = d.parent / f"{d.name}.once"
+    if i == 5 and (a.env == "CRASH" or a.env == "FLAKY" and not once.exists()):
+        once.touch()
+        sys.exit("stopped: it went wrong")
+    e.write(json.dumps({"global_step": i * 100, "return": float(i * a.seed), "length": 100}) + "\\n")
+    m.write(json.dumps({"iteration": i, "global_step": i * 100, "charts/SPS": 1000, "charts/seconds": i * 0.1}) + "\\n")
+    if i % 2 == 0:
+        save(i)
+"""
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A repository with the real runner and the stand-in as ppo_continuous.py."""
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("run.py", "suites.py", "stats.py"):
+        shutil.copy(REPO / "benchmarks" / name, tmp_path / "benchmarks")
+    (tmp_path / "ppo_continuous.py").write_text(STAND_IN)
+    return tmp_path
+
+
+def start(repo, *words, **options):
+    command = [sys.executable, "benchmarks/run.py", *words]
+    return subprocess.Popen(command, cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(repo, *words):
+    process = start(repo, *words)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def sweep(*envs, seeds=("1",)):
+    return "sweep", "ppo_continuous.py", "--env", *envs, "--seed", *seeds
+
+
+def starts(repo):
+    return [line.split() for line in (repo / "benchmarks/runs/sweep_ppo_continuous/starts").read_text().splitlines()]
+
+
+def result_names(repo):
+    return sorted(p.name for p in (repo / "benchmarks/results/sweep_ppo_continuous").glob("*"))
+
+
+# ------------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_last_100():
+    assert stats.last_100([1e9] + [float(i) for i in range(100)]) == 49.5
+    assert stats.last_100([1.0, 2.0]) == 1.5
+    assert np.isnan(stats.last_100([]))
+
+
+def test_normalize_puts_random_at_0_and_best_at_1():
+    low, high = np.array([-280.0, 10.0]), np.array([1720.0, 20.0])
+    assert stats.normalize(np.array([low, high]), low, high).tolist() == [[0, 0], [1, 1]]
+    assert stats.normalize(np.array([[-1280.0, 15.0]]), low, high).tolist() == [[-0.5, 0.5]]
+
+
+@pytest.mark.parametrize(("runs", "tasks"), [(1, 1), (3, 1), (3, 7), (5, 2), (4, 4)])
+def test_aggregates_against_plain_loops(runs, tasks):
+    scores = np.random.default_rng(runs * tasks).normal(size=(runs, tasks))
+    columns = [[row[j] for row in scores.tolist()] for j in range(tasks)]
+    means = sorted(sum(column) / runs for column in columns)
+    middle = means[tasks // 2] if tasks % 2 else (means[tasks // 2 - 1] + means[tasks // 2]) / 2
+    flat = sorted(x for column in columns for x in column)
+    kept = flat[len(flat) // 4 : len(flat) - len(flat) // 4]
+    assert stats.mean(scores) == pytest.approx(sum(means) / tasks)
+    assert stats.median(scores) == pytest.approx(middle)
+    assert stats.iqm(scores) == pytest.approx(sum(kept) / len(kept))
+    batch = np.stack([scores, scores + 1])  # as the bootstrap calls them
+    for aggregate in (stats.mean, stats.median, stats.iqm):
+        assert aggregate(batch) == pytest.approx([aggregate(scores), aggregate(scores) + 1])
+
+
+def test_probability_of_improvement_against_plain_loops():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(5, size=(4, 3)).astype(float), rng.integers(5, size=(6, 3)).astype(float)  # with ties
+    wins = [(a > b) + 0.5 * (a == b) for j in range(3) for a in x[:, j] for b in y[:, j]]
+    assert stats.probability_of_improvement(x, y) == pytest.approx(sum(wins) / len(wins))
+    assert stats.probability_of_improvement(x + 10, y) == 1
+    assert stats.probability_of_improvement(x, x) == 0.5
+    low, high = stats.probability_of_improvement_interval(x, y)
+    assert 0 <= low < stats.probability_of_improvement(x, y) < high <= 1
+
+
+def test_interval_against_all_resamples():
+    scores = np.array([[1.0, 10.0], [2.0, 40.0], [9.0, 70.0]])
+    columns = [list(itertools.product(scores[:, j], repeat=3)) for j in range(2)]  # each task by itself: stratified
+    exact = [(sum(a) + sum(b)) / 6 for a in columns[0] for b in columns[1]]
+    assert stats.interval(scores) == pytest.approx(tuple(np.quantile(exact, [0.025, 0.975])), abs=1.0)
+    assert stats.interval(scores) == stats.interval(scores)  # reproducible
+    assert stats.interval(np.full((3, 2), 7.0)) == (7.0, 7.0)
+    low, high = stats.difference_interval(scores + 100, scores)
+    assert low < 100 < high
+
+
+def test_statistics_against_rliable():
+    metrics = pytest.importorskip("rliable.metrics")
+    library = pytest.importorskip("rliable.library")
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(5, 7)), rng.normal(0.3, size=(4, 7))
+    assert stats.mean(x) == pytest.approx(metrics.aggregate_mean(x))
+    assert stats.median(x) == pytest.approx(metrics.aggregate_median(x))
+    assert stats.iqm(x) == pytest.approx(metrics.aggregate_iqm(x))
+    assert stats.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+    np.random.seed(0)
+    for ours, theirs in ((stats.mean, metrics.aggregate_mean), (stats.iqm, metrics.aggregate_iqm)):
+        _, intervals = library.get_interval_estimates({"x": x}, lambda s, f=theirs: np.array([f(s)]), reps=5000)
+        assert stats.interval(x, ours) == pytest.approx(tuple(intervals["x"][:, 0]), abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------- result files
+
+
+def write_run(folder, steps=1000, env="Hopper", seed=1, returns=None, seconds=None):
+    folder.mkdir(parents=True)
+    args = {"env": env, "seed": seed, "total_timesteps": 1050, "num_envs": 1, "num_steps": 100, "run_dir": str(folder)}
+    header = {"args": args, "script": "ppo_continuous.py", "script_sha256": "0" * 64, "git_revision": None}
+    header |= {"versions": {"torch": "2"}, "cpu": "test", "cpu_cores": 1, "gpu": None}
+    seconds = seconds or [i / 10 for i in range(1, steps // 100 + 1)]
+    lines = [{"global_step": 100 * (i + 1), "charts/SPS": 900 + i, "charts/seconds": s} for i, s in enumerate(seconds)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [header, *lines]))
+    returns = [float(i) for i in range(200)] if returns is None else returns
+    ends = np.linspace(5, 1000, len(returns)).astype(int).tolist()
+    episodes = [{"global_step": s, "return": r, "length": 5} for s, r in zip(ends, returns, strict=True) if s <= steps]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(x) + "\n" for x in episodes))
+    return folder
+
+
+def test_result_of_a_run(tmp_path):
+    header, final, curve = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    assert (header["suite"], header["setting"], header["env"], header["seed"]) == ("base", "default", "Hopper", 1)
+    assert str(tmp_path) not in json.dumps([header, final, curve])
+    assert final == {
+        "return": 149.5, "return_over_training": 99.5, "episodes": 200, "global_step": 1000, "seconds": 1.0, "sps": 909,
+    }  # fmt: skip
+    assert curve["global_step"] == [10 * k for k in range(1, 101)]
+    episodes = run.read_jsonl(tmp_path / "r" / "episodes.jsonl")
+    for step, value in zip(curve["global_step"], curve["return"], strict=True):
+        assert value == pytest.approx(np.mean([e["return"] for e in episodes if e["global_step"] <= step][-100:]), abs=1e-4)
+
+
+def test_result_of_a_resumed_run_adds_up_the_time(tmp_path):
+    seconds = [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 2.5, 0.25, 1.0, 2.0]
+    final = run.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
+    assert final["seconds"] == 4.0 + 2.5 + 2.0
+
+
+def test_result_bytes_are_reproducible_and_read_back(tmp_path):
+    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    files = [tmp_path / name / "x.jsonl.gz" for name in ("a", "b")]
+    for file in files:
+        run.write_result(file, records)
+        time.sleep(1.1 if file is files[0] else 0)  # another second in a gzip header would show
+    assert files[0].read_bytes() == files[1].read_bytes()
+    result = run.read_result(files[0])
+    assert result["final"] == records[1]
+    assert result["curve"] == records[2]
+    assert result["header"]["script_commit"] is None  # no commit has this text
+
+
+def test_commit_of_a_script_is_found():
+    log = subprocess.run(["git", "-C", str(REPO), "log", "-1", "--format=%H", "--", "ppo_continuous.py"], capture_output=True)
+    if log.returncode:
+        pytest.skip("no git history here")
+    commit = log.stdout.decode().strip()
+    text = subprocess.run(["git", "-C", str(REPO), "show", f"{commit}:ppo_continuous.py"], capture_output=True).stdout
+    assert run.find_commit("ppo_continuous.py", run.hashlib.sha256(text).hexdigest()) == commit
+    assert run.find_commit("ppo_continuous.py", "0" * 64) is None
+
+
+def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
+    done, cut = write_run(tmp_path / "done"), write_run(tmp_path / "cut", steps=900)
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write('{"global_step": 10')  # a line cut off by a crash
+    words = ["collect", str(done), str(cut), str(tmp_path / "none"), "--suite", "base", "--results-dir", str(tmp_path / "res")]
+    assert run.main(words) == 1
+    captured = capsys.readouterr()
+    assert [p.name for p in (tmp_path / "res" / "base").iterdir()] == ["default__Hopper__1.jsonl.gz"]
+    assert "cut is not finished: 900 of 1,050 steps" in captured.err
+    assert "none is no run directory" in captured.err
+    assert "Hopper, seed 1: 149.5 after 1,000 steps" in captured.out
+
+
+def test_damaged_result_is_named(tmp_path):
+    file = tmp_path / "x.jsonl.gz"
+    file.write_bytes(gzip.compress(b"{}\n")[:-3])
+    with pytest.raises(run.RunnerError, match="damaged"):
+        run.read_result(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------- suites
+
+
+def test_suites_have_the_sizes_of_the_paper():
+    sizes = {name: len(suites.make_suite(name)) for name in suites.SUITES}
+    assert sizes["table1"] == sizes["table1-details"] == 11 * 7 * 3
+    assert sizes["base"] == 21
+    assert sizes["figure3"] == 3 * 7 * 3
+    assert sizes["table6"] == 49 * 3
+    assert sizes["details"] == 3 * 3 * len(suites.DETAILS)
+    for name in suites.SUITES:
+        runs = suites.make_suite(name)
+        assert len({(r.suite, r.name) for r in runs}) == len(runs)
+        own = [r.seed for r in runs if r.suite == name and r.env in suites.SECOND_HAND]
+        assert own == sorted(own)  # whole seeds first
+    with open(REPO / "benchmarks/reference/ppo_paper_atari_table6.csv") as f:
+        assert sorted(line.split(",")[0] for line in list(f)[1:]) == sorted(suites.ATARI)
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous", "ppo_kl_penalty"])
+def test_every_flag_of_the_suites_is_understood(script):
+    tyro = pytest.importorskip("tyro")
+    module = importlib.import_module(script)
+    options = {tuple(r.options()): r for name in suites.SUITES for r in suites.make_suite(name) if r.script == f"{script}.py"}
+    changed = set()
+    for words, r in options.items():
+        if r.seed > 1 or r.env != "HalfCheetah":
+            continue
+        args = tyro.cli(module.Args, args=list(words))
+        for key, value in r.flags.items():
+            assert str(getattr(args, key)) == str(float(value) if value == "inf" else value), (r.setting, key)
+        if r.flags:
+            default = module.Args(run_dir="x")
+            changed.add(r.setting)
+            assert any(getattr(args, key) != getattr(default, key) for key in r.flags), f"{r.setting} changes nothing"
+    assert changed
+
+
+def test_sweep_is_the_product_grid():
+    words = ["--env", "Hopper", "Walker2d", "--clip-coef", "0.1", "0.2", "--anneal-lr", "True", "False", "--seed", "1", "2"]
+    runs = suites.make_sweep("s", "ppo_continuous.py", words)
+    assert len(runs) == len({r.name for r in runs}) == 2 * 2 * 2 * 2
+    assert [r.seed for r in runs] == [1] * 8 + [2] * 8
+    assert runs[0].options() == ["--env", "Hopper", "--seed", "1", "--clip-coef", "0.1", "--anneal-lr"]
+    assert "--no-anneal-lr" in runs[-1].options()
+    assert runs[0].name == "clip_coef=0.1,anneal_lr=True__Hopper__1"
+    flag = suites.make_sweep("s", "x.py", ["--env=my_module:MyEnv-v0", "--no-clip-policy", "--target-kl=0.1"])[0]
+    assert flag.options() == ["--env", "my_module:MyEnv-v0", "--seed", "1", "--no-clip-policy", "--target-kl", "0.1"]
+    assert "/" not in flag.name
+    assert ":" not in flag.name
+    for words, message in ((["x"], "belongs to no flag"), (["--seed", "1"], "names its environments"),
+                           (["--env", "A", "A"], "twice"), (["--env", "A", "--env", "B"], "twice")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            suites.make_sweep("s", "x.py", words)
+
+
+def test_runner_flags_are_kept_from_the_script_of_a_sweep():
+    own, others = run.split_sweep(["--env", "A", "B", "--jobs", "2", "--clip-coef", "0.1", "--go", "--name=x", "--seed", "1"])
+    assert own == ["--jobs", "2", "--go", "--name=x"]
+    assert others == ["--env", "A", "B", "--clip-coef", "0.1", "--seed", "1"]
+    known = {option for action in run.make_parser()._actions for option in action.option_strings}
+    assert set(run.RUNNER_FLAGS) <= known
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "benchmarks/sweeps").glob("*.yaml")), ids=lambda file: file.stem)
+def test_wandb_sweeps_name_flags_of_their_script(file):
+    yaml = pytest.importorskip("yaml")
+    config = yaml.safe_load(file.read_text())
+    assert config["program"] == f"{file.stem}.py"
+    assert config["metric"]["name"] == "charts/episodic_return"
+    if not (REPO / config["program"]).is_file():
+        pytest.skip(f"{config['program']} is not here yet")
+    fields = importlib.import_module(file.stem).Args.__dataclass_fields__
+    for name, values in config["parameters"].items():
+        assert name in fields, name
+        for value in values.get("values", [values.get("value")]):
+            assert not isinstance(value, bool), "wandb writes --flag=True, which no script takes"
+
+
+# ----------------------------------------------------------------------------------------------------------------- runner
+
+
+def test_plan_starts_nothing(repo):
+    code, out, _ = finish(repo, *sweep("A", "B"))
+    assert code == 0
+    assert "2 runs, 0 finished, 2 left" in out
+    assert "expected time" in out
+    assert "nothing was started" in out
+    assert not (repo / "benchmarks/runs").exists()
+
+
+def test_sweep_runs_and_skips_what_is_finished(repo):
+    code, out, err = finish(repo, *sweep("A", "B", seeds=("1", "2")), "--go", "--jobs", "2")
+    assert (code, "4 of 4 runs finished, 0 failed" in out) == (0, True), err
+    assert result_names(repo) == [f"default__{env}__{seed}.jsonl.gz" for env in "AB" for seed in (1, 2)]
+    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__B__2.jsonl.gz")
+    assert result["final"]["return"] == 2 * 5.5
+    code, out, _ = finish(repo, *sweep("A", "B", "C"), "--go")  # one more environment
+    assert code == 0
+    assert "3 runs, 2 finished, 1 left" in out
+    assert len(starts(repo)) == 5
+
+
+def test_failed_run_is_retried_once_and_reported(repo):
+    code, out, err = finish(repo, *sweep("A", "CRASH", "FLAKY"), "--go", "--jobs", "1")
+    assert code == 1
+    assert "2 of 3 runs finished, 1 failed" in out
+    assert "FAILED sweep_ppo_continuous/default__CRASH__1: exit code 1: stopped: it went wrong" in err
+    assert result_names(repo) == ["default__A__1.jsonl.gz", "default__FLAKY__1.jsonl.gz"]
+    counts = {name: [int(i) for n, i in starts(repo) if n == name] for name, _ in starts(repo)}
+    assert counts == {"default__A__1": [0], "default__CRASH__1": [0, 4], "default__FLAKY__1": [0, 4]}  # second: resumed
+    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__FLAKY__1.jsonl.gz")
+    assert result["final"]["episodes"] == 10  # none lost, none doubled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes of a killed runner die with it on Linux only")
+def test_killed_runner_goes_on_where_it_was(repo):
+    words = (*sweep("SLOW", seeds=("1", "2", "3", "4")), "--go", "--jobs", "2")
+    runs = repo / "benchmarks/runs/sweep_ppo_continuous"
+    for kill in range(2):
+        process = start(repo, *words, start_new_session=True)
+        deadline = time.monotonic() + 120
+        target = 2 + 2 * kill  # runs that have begun
+        while len({n for n, _ in starts(repo)} if (runs / "starts").exists() else set()) < target:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.35)
+        process.send_signal(signal.SIGKILL)  # only the runner, not its group
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+        time.sleep(0.2)
+        for proc in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                assert str(runs) not in proc.read_text(), "a run outlived its runner"
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    code, out, err = finish(repo, *words)
+    assert (code, "4 of 4 runs finished" in out) == (0, True), err
+    assert any(int(i) > 0 for _, i in starts(repo)), "nothing was resumed"
+    for seed in (1, 2, 3, 4):
+        lines = run.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
+        assert [e["global_step"] for e in lines] == [100 * i for i in range(1, 11)]
+    assert len(result_names(repo)) == 4
+
+
+def test_run_goes_on_with_the_script_that_it_began_with(repo):
+    assert finish(repo, *sweep("CRASH"), "--go")[0] == 1
+    script = repo / "ppo_continuous.py"
+    script.write_text(script.read_text().replace("it went wrong", "edited meanwhile"))
+    code, _, err = finish(repo, *sweep("CRASH"), "--go")
+    assert code == 1
+    assert "it went wrong" in err
+    assert "edited meanwhile" not in err
+
+
+def test_duplicate_start_is_refused(repo):
+    first = start(repo, *sweep("SLOW", seeds=("1", "2", "3", "4", "5", "6", "7")), "--go", "--jobs", "1")
+    try:
+        deadline = time.monotonic() + 120
+        while not (repo / "benchmarks/runs/sweep_ppo_continuous/starts").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        code, _, err = finish(repo, *sweep("SLOW", seeds=("1", "2")), "--go")
+        assert code == 1
+        assert "sweep_ppo_continuous is running already" in err
+    finally:
+        out, err = first.communicate(timeout=240)
+    assert (first.returncode, "7 of 7 runs finished, 0 failed" in out) == (0, True), err
+    assert len(starts(repo)) == 7
+
+
+def test_other_flags_under_the_same_name_are_refused(repo):
+    assert finish(repo, *sweep("A"), "--total-timesteps", "500", "--go")[0] == 0
+    code, _, err = finish(repo, *sweep("A"), "--go")
+    assert code == 1
+    assert "is of other flags than the plan" in err
+
+
+def test_full_disk_stops_the_suite_with_one_sentence(repo, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ROOT", repo)
+    usage = shutil.disk_usage(repo)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
+    words = [*sweep("A"), "--go", "--runs-dir", str(repo / "runs"), "--results-dir", str(repo / "results")]
+    assert run.main(words) == 1
+    assert "is full (1 MB left" in capsys.readouterr().err
+    assert not list((repo / "runs").glob("*/default*"))
+
+
+def test_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    file = tmp_path / "res" / "x.jsonl.gz"
+    run.write_result(file, records)
+    before = file.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.write_result(file, [records[0], records[1] | {"return": 0.0}, records[2]])
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == ["x.jsonl.gz"]
+
+
+def test_bad_arguments(repo):
+    for words, message in (
+        (["sweep", "none.py", "--env", "A"], "sweep needs one script"),
+        (["sweep", "ppo_continuous.py", "--seed", "1"], "names its environments"),
+        (["nonsense"], "invalid choice"),
+        (["base", "--jobs", "0"], "at least 1"),
+    ):
+        code, _, err = finish(repo, *words)
+        assert code == 2
+        assert message in err
+
+
+def test_ray_without_ray_is_one_sentence(repo):
+    if importlib.util.find_spec("ray"):
+        pytest.skip("Ray is installed")
+    code, _, err = finish(repo, *sweep("A"), "--go", "--ray", "local")
+    assert code == 1
+    assert "--ray needs Ray: pip install ray" in err
+
+
+@pytest.mark.slow
+def test_ray_runs_retries_and_reports(repo):
+    pytest.importorskip("ray")
+    code, out, err = finish(repo, *sweep("A", "B", "CRASH", "FLAKY"), "--go", "--ray", "local", "--jobs", "2")
+    assert code == 1
+    assert "3 of 4 runs finished, 1 failed" in out, err
+    assert "default__CRASH__1: exit code 1: stopped: it went wrong" in err
+    assert result_names(repo) == [f"default__{env}__1.jsonl.gz" for env in ("A", "B", "FLAKY")]
+
+
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """Results of two tasks and seeds, a README with a marker, and the options that point there."""
+    results = tmp_path / "results"
+    for env, seed in itertools.product(("Hopper", "Reacher"), (1, 2)):
+        level = 1000 * seed if env == "Hopper" else -5 - seed
+        records = run.summarize(
+            write_run(tmp_path / env / str(seed), env=env, seed=seed, returns=[level] * 200), "base", "default"
+        )
+        run.write_result(run.result_file(results, "base", f"default__{env}__{seed}"), records)
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    readme.write_text("before\n<!-- table:base -->\nold\n<!-- /table -->\nafter\n")
+    page.write_text(
+        "".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in [*report.TABLES, "plot_curves", "plot_table1"])
+    )
+    options = ["--results-dir", results, "--readme", readme, "--results-md", page, "--plots-dir", tmp_path / "plots"]
+    return tmp_path, [str(x) for x in options]
+
+
+def test_report_writes_and_checks(reported, capsys):
+    folder, options = reported
+    assert report.main([*options, "--check"]) == 1
+    assert "stale: README.md" in capsys.readouterr().out
+    assert "old" in (folder / "README.md").read_text()  # a check writes nothing
+    assert not (folder / "plots").exists()
+    assert report.main(options) == 0
+    text = (folder / "README.md").read_text()
+    assert text.startswith("before\n<!-- table:base -->\n| task |")
+    assert text.endswith("<!-- /table -->\nafter\n")
+    assert "| Hopper-v4 | 1500 [1000, 2000] | 1, 2 | 1,000 | 909 |" in text
+    assert "| Reacher-v4 | -6.50 [-7.00, -6.00] | 1, 2 |" in text
+    assert "| Walker2d-v4 |  |  |  |  |" in text  # not run: empty
+    page = (folder / "RESULTS.md").read_text()
+    assert "![Learning curves of PPO, TRPO and A2C](plots/curves.svg)" in page
+    assert "| no clipping or penalty | -0.39 |  |  |  |  |" in page
+    assert report.main([*options, "--check"]) == 0
+    first = (folder / "plots" / "curves.svg").read_bytes()
+    (folder / "plots" / "curves.svg").unlink()
+    assert report.main([*options, "--check"]) == 1
+    assert report.main(options) == 0
+    assert (folder / "plots" / "curves.svg").read_bytes() == first  # the same drawing every time
+
+
+def test_report_notices_new_results_and_edited_tables(reported):
+    folder, options = reported
+    report.main(options)
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("1500 [", "2500 ["))
+    assert report.main([*options, "--check"]) == 1
+    report.main(options)
+    assert report.main([*options, "--check"]) == 0
+    (folder / "results/base/default__Hopper__2.jsonl.gz").unlink()
+    assert report.main([*options, "--check"]) == 1
+    report.main(options)
+    assert "| Hopper-v4 | 1000 | 1 | 1,000 | 909 |" in readme.read_text()  # one seed: no interval
+
+
+def test_report_refuses_broken_markers(reported, capsys):
+    folder, options = reported
+    for text, message in (
+        ("<!-- table:nonsense -->\n<!-- /table -->\n", "there is no table nonsense"),
+        ("<!-- table:base -->\n", "do not pair up"),
+    ):
+        (folder / "README.md").write_text(text)
+        assert report.main(options) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_report_refuses_seeds_of_different_length(reported, capsys):
+    folder, options = reported
+    file = folder / "results/base/default__Hopper__2.jsonl.gz"
+    result = run.read_result(file)
+    run.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
+    assert report.main(options) == 1
+    assert "another number of steps" in capsys.readouterr().err
+
+
+def fake_results(folder, suite, settings, envs, seeds, score):
+    """Result files whose score is score(setting, env, seed)."""
+    for setting, env, seed in itertools.product(settings, envs, seeds):
+        header = {"suite": suite, "setting": setting, "env": env, "seed": seed, "script": "ppo_continuous.py", "flags": {}}
+        header |= {"script_sha256": "0" * 64, "versions": {"torch": "2"}, "cpu": "test", "gpu": None, "args": {}}
+        value = float(score(setting, env, seed))
+        final = {"return": value, "return_over_training": value, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
+        name = suites.Run(suite, setting, "x.py", env, seed).name
+        run.write_result(run.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}])
+
+
+def fake_random(folder, mean):
+    (folder / "random").mkdir(parents=True)
+    for env in suites.MUJOCO:
+        (folder / "random" / f"{env}.json").write_text(
+            json.dumps({"env": env, "id": env, "mean": mean, "std": 1, "episodes": 1})
+        )
+
+
+def test_table1_normalization_by_both_readings(tmp_path):
+    levels = {"no clipping or penalty": -50, "clipping 0.1": 50, "clipping 0.2": 90}
+    fake_results(tmp_path, "table1", levels, suites.MUJOCO, (1, 2, 3), lambda s, e, seed: levels[s] + 10 * (seed - 2))
+    fake_random(tmp_path, -10.0)
+    results = report.Results(tmp_path)
+    by_run = report.table1_scores(results, "table1", "run")
+    by_setting = report.table1_scores(results, "table1", "setting")
+    assert {s: round(float(x.mean()), 6) for s, x in by_run.items()} == {
+        "no clipping or penalty": round(-40 / 110, 6), "clipping 0.1": round(60 / 110, 6), "clipping 0.2": round(100 / 110, 6),
+    }  # fmt: skip
+    assert {s: round(float(x.mean()), 6) for s, x in by_setting.items()} == {
+        "no clipping or penalty": -0.4, "clipping 0.1": 0.6, "clipping 0.2": 1.0,
+    }  # fmt: skip
+    text = report.table_table1(results)
+    assert "| clipping 0.2 | 0.82 | 0.91 [0.89, 0.93] | 1.00 [0.97, 1.03] | 0.91" in text
+    assert "| clipping 0.3 | 0.70 |  |  |  |  |" in text
+
+
+def test_table1_takes_whole_seeds_only(tmp_path):
+    fake_results(tmp_path, "table1", ["clipping 0.2"], suites.MUJOCO, (1, 2), lambda s, e, seed: 10)
+    fake_results(tmp_path, "table1", ["clipping 0.2"], ("Hopper",), (3,), lambda s, e, seed: 10)
+    assert report.Results(tmp_path).complete_seeds("table1", "clipping 0.2", suites.MUJOCO) == [1, 2]
+
+
+def test_effect_of_details(tmp_path):
+    fake_random(tmp_path, 0.0)
+    fake_results(tmp_path, "base", ["default"], suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: 100)
+    worse, better = list(suites.DETAILS)[:2]
+    level = {worse: 80, better: 105}
+    fake_results(tmp_path, "details", level, suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: level[s])
+    text = report.table_details(report.Results(tmp_path))
+    assert f"| {worse} | -0.20 [-0.20, -0.20] | 0.00 [0.00, 0.00] | 80.0 [80.0, 80.0] |" in text
+    assert f"| {better} | +0.05 [+0.05, +0.05] | 1.00 [1.00, 1.00] |" in text
+
+
+def test_games_won(tmp_path):
+    published = {"Alien": 2000, "Amidar": 500, "Assault": 4653.8}  # more than both, between them, a tie with ACER
+    fake_results(tmp_path, "table6", ["default"], published, (1,), lambda s, game, seed: published[game])
+    text = report.table_games_won(report.Results(tmp_path))
+    assert "| paper | 1 | 28 | 19 | 1 | 49 | 0.69 |" in text
+    assert "| ours against the paper's A2C and ACER | 0 | 1 | 1 | 1 | 3 |  |" in text  # no median before all 49 are there
+
+
+def test_speed_table(tmp_path):
+    (tmp_path / "speed").mkdir()
+    header = {"env": "HalfCheetah", "steps": 1000, "cpu": "test", "cores": [0], "threads": 1, "versions": {"torch": "2"}}
+    rates = [("ours", 1, 3000), ("SB3", 1, 500), ("ours", 2, 4000), ("SB3", 2, 500)]
+    lines = [header, *({"contestant": c, "round": r, "sps": s} for c, r, s in rates)]
+    (tmp_path / "speed" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.table_speed(report.Results(tmp_path))
+    assert "| SB3 | 500 [500, 500] | 7.00 [6.00, 8.00] | 2 |" in text
+    assert "pinned to 1 core(s), 1 thread(s)" in text
