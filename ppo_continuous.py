@@ -667,6 +667,9 @@ def train(args: Args) -> dict:
         obs_rms.load_state_dict(checkpoint["obs_rms"])
         return_rms.load_state_dict(checkpoint["return_rms"])
         start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
+        for name, size in log_sizes.items():
+            if not (run_dir / name).is_file() or (run_dir / name).stat().st_size < size:
+                raise UsageError(f"{run_dir / name} is missing or shorter than at the checkpoint: --resume needs it")
         recent_returns.extend(checkpoint["recent_returns"])
     else:
         run_dir = Path(args.run_dir)
