@@ -25,6 +25,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+gc.disable()  # collecting garbage while torch and envpool are imported takes a second
 with contextlib.suppress(OSError):  # envpool draws MuJoCo only where the system's OpenGL was loaded before it
     ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
 import envpool
@@ -54,6 +56,8 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Normal
 
+gc.enable()
+gc.freeze()  # nor is there any in what they leave
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
 
@@ -358,14 +362,15 @@ def scale_rewards(
     return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
 
 
-def layer_init(layer: nn.Linear, gain: float, scheme: str) -> nn.Linear:
+def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Module:
     """Initializes weight and bias (zero) of a layer in place and returns it."""
     if scheme == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)  # [detail 02]
     if scheme == "normc":  # the weights of each unit have this norm, as in baselines of 2017
         weight = torch.randn_like(layer.weight)
-        layer.weight.data = min(gain, 1.0) * weight / weight.norm(dim=1, keepdim=True)
-    if scheme != "torch":
+        norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+        layer.weight.data = min(gain, 1.0) * weight / norm
+    if scheme != "torch" and layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
@@ -672,7 +677,8 @@ def train(args: Args) -> dict:
     obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
     return_rms = RunningMeanStd(())
     update = make_update(agent, args)
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
+    if args.compile and not can_compile:
         tqdm.tqdm.write("warning: no C++ compiler found, so the update runs uncompiled, several times slower", sys.stderr)
     elif args.compile:
         # one shape, one set of args: no guards are needed, and they take a fifth of the time of a call
@@ -692,6 +698,9 @@ def train(args: Args) -> dict:
         obs_rms.load_state_dict(checkpoint["obs_rms"])
         return_rms.load_state_dict(checkpoint["return_rms"])
         start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
+        for name, size in log_sizes.items():
+            if not (run_dir / name).is_file() or (run_dir / name).stat().st_size < size:
+                raise UsageError(f"{run_dir / name} is missing or shorter than at the checkpoint: --resume needs it")
         recent_returns.extend(checkpoint["recent_returns"])
         kl_coef = checkpoint["kl_coef"]
     else:
@@ -792,6 +801,7 @@ def train(args: Args) -> dict:
                 raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
         done = terminated | truncated
         valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
+        rewards[~valid[:T]] = 0  # whatever an environment returns for a reset is no reward
         if args.norm_obs == "batch":  # as baselines did in 2017: once per rollout, before the update
             obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
             obs[:] = normalize_obs(raw_obs, obs_rms, args)
@@ -826,7 +836,7 @@ def train(args: Args) -> dict:
         batch = (b_obs[: T * N], b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid, b_means, b_stds)
 
         # 4 update
-        if iteration == first_iteration and args.compile:
+        if iteration == first_iteration and args.compile and can_compile:
             tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
         hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef, kl_coef)]
         infos = []
@@ -901,7 +911,10 @@ def parse_args() -> tuple[Args, dict | None]:
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
     try:
-        saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
+        moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
+        if not torch.cuda.is_available():
+            moved["device"] = "cpu"  # a run of a GPU can be looked at without one
+        saved = Args(**checkpoint["args"] | moved)
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)

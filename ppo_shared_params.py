@@ -134,7 +134,7 @@ class Args:
     share_params: bool = True
     """[detail 13] one trunk for policy and value; off: separate networks"""
     lstm: bool = False
-    """[detail 32-36] LSTM layer of 128 units after the trunk; minibatches are whole environments then"""
+    """[detail 32-36] LSTM layer of 128 units after the trunk; minibatches are whole environments, nothing is compiled"""
     observe: tuple[int, ...] = ()
     """indices of the observation components to keep (CartPole without velocities: 0 2); empty: all"""
     discretize_actions: int | None = None
@@ -416,36 +416,75 @@ def scale_rewards(
     return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
 
 
-def layer_init(layer: nn.Linear, gain: float, scheme: str) -> nn.Linear:
+def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Module:
     """Initializes weight and bias (zero) of a layer in place and returns it."""
     if scheme == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)  # [detail 02]
     if scheme == "normc":  # the weights of each unit have this norm, as in baselines of 2017
         weight = torch.randn_like(layer.weight)
-        layer.weight.data = min(gain, 1.0) * weight / weight.norm(dim=1, keepdim=True)
-    if scheme != "torch":
+        norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+        layer.weight.data = min(gain, 1.0) * weight / norm
+    if scheme != "torch" and layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class LSTMSteps(torch.autograd.Function):
+    """T steps of an LSTM layer with the gradient written out: a quarter of the time that autograd takes step by step.
+
+    inputs (T, n, 4H): W_x x + b for the gates i, f, g, o; weight W_h (4H, H); keep (T, n, 1): 0 at the first step of an
+    episode; state (n, 2, H): h and c before. Each step: a = inputs + W_h h, c = sigmoid(a_f) c + sigmoid(a_i) tanh(a_g),
+    h = sigmoid(a_o) tanh(c). Returns h, c (T, n, H) and the gates (T, n, 4H); gradients go through h to inputs and weight.
+    """
+
+    @staticmethod
+    def forward(inputs, weight, keep, state):
+        h, c = state.unbind(1)
+        hs, cs, gates = [], [], []
+        for t in range(len(inputs)):  # [detail 36]
+            h, c = h * keep[t], c * keep[t]  # [detail 34]
+            i, f, g, o = (inputs[t] + h @ weight.T).chunk(4, dim=1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            c = f * c + i * g
+            h = o * c.tanh()
+            hs.append(h)
+            cs.append(c)
+            gates.append(torch.cat([i, f, g, o], dim=1))
+        return torch.stack(hs), torch.stack(cs), torch.stack(gates)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx, d_hs, *_):
+        weight, keep, state, hs, cs, gates = ctx.saved_tensors
+        h_before = torch.cat([state[None, :, 0], hs[:-1]]) * keep
+        c_before = torch.cat([state[None, :, 1], cs[:-1]]) * keep
+        (i, f, g, o), tanh_c = gates.chunk(4, dim=2), cs.tanh()
+        c_by_a = torch.cat([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=2)  # by a_i, a_f, a_g
+        h_by_c, h_by_a = o * (1 - tanh_c * tanh_c), tanh_c * o * (1 - o)
+        d_h, d_c, d_inputs = torch.zeros_like(hs[0]), torch.zeros_like(hs[0]), torch.empty_like(gates)
+        for t in range(len(hs) - 1, -1, -1):
+            d_h = d_h + d_hs[t]
+            d_c = d_c + d_h * h_by_c[t]
+            d_a = torch.cat([d_c.repeat(1, 3) * c_by_a[t], d_h * h_by_a[t]], dim=1)
+            d_inputs[t] = d_a
+            d_h, d_c = (d_a @ weight) * keep[t], d_c * f[t] * keep[t]
+        return d_inputs, d_inputs.flatten(0, 1).T @ h_before.flatten(0, 1), None, None
 
 
 def unroll_lstm(cell: Any, x: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs an LSTM layer over T steps of n environments: outputs (T * n, H) and the state (n, 2, H) after them.
 
     x: (T * n, inputs), time-major; first: (T * n,), 1 at the first observation of an episode; state: (n, 2, H), output
-    and memory cell before the first step. With the gates i, f, g, o = W_x x + W_h h + b: c = sigmoid(f) c + sigmoid(i)
-    tanh(g), h = sigmoid(o) tanh(c).
+    and memory cell before the first step.
     """
-    h, c = state.unbind(1)
     inputs = nn.functional.linear(x, cell.weight_ih, cell.bias_ih + cell.bias_hh).view(-1, len(state), 4 * LSTM_SIZE)
-    keep = (1 - first).view(-1, len(state), 1)
-    outputs = []
-    for t in range(len(inputs)):  # [detail 36]
-        h, c = h * keep[t], c * keep[t]  # [detail 34]
-        i, f, g, o = (inputs[t] + h @ cell.weight_hh.T).chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.cat(outputs), torch.stack([h, c], dim=1)
+    hs, cs, _ = LSTMSteps.apply(inputs, cell.weight_hh, (1 - first).view(-1, len(state), 1), state)
+    return hs.flatten(0, 1), torch.stack([hs[-1], cs[-1]], dim=1)
 
 
 class Agent(nn.Module):
@@ -734,7 +773,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
         logits = np.where(real if masks is None else masks, logits.reshape(-1, *real.shape), MASKED_LOGIT)
         if not args.eval_deterministic:
             logits = logits + rng.gumbel(size=logits.shape)
-        action = offset + scale * logits.argmax(axis=2)
+        action = (offset + scale * logits.argmax(axis=2)).astype(action_space.dtype)
         raw_obs, reward, terminated, truncated, info = envs.step(action.reshape(len(seeds), *action_space.shape))
         returns += reward * running
         lengths += running
@@ -775,10 +814,11 @@ def train(args: Args) -> dict:
     obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
     return_rms = RunningMeanStd(())
     update = make_update(agent, args)
+    compiling = args.compile and not args.lstm  # the steps of an LSTM, unrolled, take many minutes to compile
     can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
-    if args.compile and not can_compile:
+    if compiling and not can_compile:
         tqdm.tqdm.write("warning: no C++ compiler found, so the update runs uncompiled, several times slower", sys.stderr)
-    elif args.compile:
+    elif compiling:
         # one shape, one set of args: no guards are needed, and they take a fifth of the time of a call
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -796,6 +836,9 @@ def train(args: Args) -> dict:
         obs_rms.load_state_dict(checkpoint["obs_rms"])
         return_rms.load_state_dict(checkpoint["return_rms"])
         start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
+        for name, size in log_sizes.items():
+            if not (run_dir / name).is_file() or (run_dir / name).stat().st_size < size:
+                raise UsageError(f"{run_dir / name} is missing or shorter than at the checkpoint: --resume needs it")
         recent_returns.extend(checkpoint["recent_returns"])
     else:
         run_dir = Path(args.run_dir)
@@ -895,7 +938,7 @@ def train(args: Args) -> dict:
             if env_masks or not real.all():
                 logits = np.where(masks[t], logits, MASKED_LOGIT)  # [aux: action_masks]
             actions[t] = action = (logits + noise[t]).argmax(axis=2)
-            action = (offset + scale * action).reshape(N, *action_space.shape)
+            action = (offset + scale * action).reshape(N, *action_space.shape).astype(action_space.dtype)
             next_obs, rewards[t], terminated[t], truncated[t], *step_info = step_envs(action)
             if env_masks:
                 masks[t + 1] = read_masks(next_obs, step_info[0], real)
@@ -948,7 +991,7 @@ def train(args: Args) -> dict:
         batch = (b_obs[: T * N], b_actions, b_masks, b_first[: T * N], *learned)
 
         # 4 update
-        if iteration == first_iteration and args.compile and can_compile:
+        if iteration == first_iteration and compiling and can_compile:
             tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
         hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef)]
         infos = []
@@ -1022,7 +1065,10 @@ def parse_args() -> tuple[Args, dict | None]:
         return args, None
     checkpoint, file = load_checkpoint(args.resume or args.evaluate)
     try:
-        saved = Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)})
+        moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
+        if not torch.cuda.is_available():
+            moved["device"] = "cpu"  # a run of a GPU can be looked at without one
+        saved = Args(**checkpoint["args"] | moved)
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
