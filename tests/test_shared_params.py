@@ -1,0 +1,553 @@
+"""ppo_shared_params.py: one trunk or two, discrete and multi-discrete actions, action masks, LSTM, partial observation."""
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from torch import nn
+from torch.distributions import Categorical
+
+import ppo_shared_params
+from helpers import equal, read_checkpoint, read_metrics, run_script
+from ppo_shared_params import (
+    Agent,
+    Args,
+    UsageError,
+    action_components,
+    flatten_obs,
+    numpy_policy,
+    read_masks,
+    train,
+    unroll_lstm,
+)
+
+SCRIPT = Path(ppo_shared_params.__file__)
+TINY: dict[str, Any] = {
+    "env": "RandomEndsDiscrete-v0",
+    "num_envs": 4,
+    "num_steps": 16,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "total_timesteps": 3 * 64,
+    "learning_rate": 3e-3,
+    "eval_episodes": 0,
+    "compile": False,
+}
+
+
+def tiny(run_dir="run", **changes) -> Args:
+    return Args(**(TINY | {"run_dir": str(run_dir)} | changes))
+
+
+class RandomEndsDiscrete(gymnasium.Env):
+    """Noise that ends at random, by termination or truncation; component 0 is 1 in the first observation of an episode."""
+
+    def __init__(self, action_space: gymnasium.Space | None = None, render_mode: str | None = None):
+        self.observation_space, self.action_space = Box(-np.inf, np.inf, (4,)), action_space or Discrete(3)
+
+    def observation(self, first: bool) -> np.ndarray:
+        return np.array([first, *self.np_random.standard_normal(3)], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation(True), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        ends = self.np_random.random(2) < 0.1
+        return self.observation(False), float(self.np_random.normal()), bool(ends[0]), bool(ends[1]), {}
+
+
+class Masked(RandomEndsDiscrete):
+    """Two components of 3 and 5 choices, of which a random part is valid; an invalid choice is an error."""
+
+    def __init__(self, place: str = "info", render_mode: str | None = None):
+        super().__init__(MultiDiscrete([3, 5]))
+        self.place = place
+        if place == "observation":
+            self.observation_space: Any = Dict({"x": Box(-np.inf, np.inf, (4,)), "action_mask": MultiBinary(8)})
+
+    def masked(self, obs: np.ndarray):
+        self.mask = self.np_random.random(8) < 0.4
+        self.mask[self.np_random.integers(3)] = self.mask[3 + self.np_random.integers(5)] = True
+        if self.place == "observation":
+            return {"x": obs, "action_mask": self.mask.astype(np.int8)}, {}
+        return obs, {"action_mask": self.mask}
+
+    def reset(self, *, seed=None, options=None):
+        return self.masked(super().reset(seed=seed)[0])
+
+    def step(self, action):
+        assert self.mask[action[0]], "invalid choice of component 0"
+        assert self.mask[3 + action[1]], "invalid choice of component 1"
+        obs, *outcome, _ = super().step(action)
+        obs, info = self.masked(obs)
+        return obs, *outcome, info
+
+
+class Recall(gymnasium.Env):
+    """Reward 1 for repeating at the fourth step the sign seen at the first: 0.5 without memory, 1 with it."""
+
+    def __init__(self, render_mode: str | None = None):
+        self.observation_space, self.action_space = Box(-1, 1, (2,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.sign = 0, int(self.np_random.integers(2))
+        return np.array([2 * self.sign - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        return (
+            np.array([0, self.time / 4], np.float32),
+            float(self.time == 4 and action == self.sign),
+            self.time == 4,
+            False,
+            {},
+        )
+
+
+register: Any = gymnasium.register
+register("RandomEndsDiscrete-v0", RandomEndsDiscrete)
+register("RandomEndsShifted-v0", RandomEndsDiscrete, kwargs={"action_space": Discrete(3, start=-1)})
+register("RandomEndsMulti-v0", RandomEndsDiscrete, kwargs={"action_space": MultiDiscrete([2, 4, 3])})
+register("RandomEndsBox-v0", RandomEndsDiscrete, kwargs={"action_space": Box(np.float32(-2), np.float32(1), (2,))})
+register("RandomEndsBinary-v0", RandomEndsDiscrete, kwargs={"action_space": MultiBinary(3)})
+register("RandomEndsUnbounded-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-np.inf, np.inf, (2,))})
+register("MaskedInfo-v0", Masked, kwargs={"place": "info"})
+register("MaskedObservation-v0", Masked, kwargs={"place": "observation"})
+register("Recall-v0", Recall)
+
+
+@pytest.fixture
+def trace(monkeypatch):
+    """Runs train and returns, per iteration, what the rollout's policy put out and what the update got."""
+
+    def run(args: Args) -> list[dict[str, Any]]:
+        iterations: list[dict[str, Any]] = []
+        make_policy, make_update = ppo_shared_params.numpy_policy, ppo_shared_params.make_update
+
+        def spy_policy(agent):
+            policy = make_policy(agent)
+            iterations.append({"logits": [], "updates": [], "theta": nn.utils.parameters_to_vector(agent.parameters()).clone()})
+
+            def spied(obs, state):
+                logits, state = policy(obs, state)
+                iterations[-1]["logits"].append(logits.copy())
+                return logits, state
+
+            return spied
+
+        def spy_update(agent, args):
+            update = make_update(agent, args)
+
+            def spied(theta, adam, batch, start_state, mb_inds, *hyper):
+                names = ("obs", "actions", "masks", "first", "logprobs", "values", "advantages", "returns", "valid")
+                if not iterations[-1]["updates"]:  # copies: the next rollout writes into the same arrays
+                    iterations[-1] |= dict(zip(names, (x.clone() for x in batch), strict=True))
+                    iterations[-1] |= {"start_state": start_state.clone(), "agent": agent}
+                info = update(theta, adam, batch, start_state, mb_inds, *hyper)
+                iterations[-1]["updates"].append((mb_inds, info))
+                return info
+
+            return spied
+
+        monkeypatch.setattr(ppo_shared_params, "numpy_policy", spy_policy)
+        monkeypatch.setattr(ppo_shared_params, "make_update", spy_update)
+        train(args)
+        return iterations
+
+    return run
+
+
+def make_agent(lstm: bool, share: bool, nvec=(2, 4, 3), seed=0) -> Agent:
+    torch.manual_seed(seed)
+    agent = Agent(4, list(nvec), share_params=share, lstm=lstm)
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)  # of gain 1, so that the policy is not uniform
+    return agent
+
+
+# actions
+
+
+@pytest.mark.parametrize("nvec", [(3,), (2, 4, 3), (2, 2)], ids=str)
+def test_detail_37_independent_components(nvec):
+    agent = make_agent(lstm=False, share=True, nvec=nvec)
+    real = torch.arange(max(nvec)) < torch.tensor(nvec)[:, None]
+    everything = torch.tensor(list(itertools.product(*map(range, nvec))))
+    obs, n = torch.randn(1, 4).expand(len(everything), 4), len(everything)
+    masks, first, state = real.expand(n, -1, -1), torch.zeros(n), agent.initial_state(n)
+    with torch.no_grad():
+        logprob, entropy, _, _ = agent(obs, everything, masks, first, state)
+        logits = agent.actor(agent.trunks[0](obs)).view(n, len(nvec), -1)
+    parts = [Categorical(logits=logits[:, c, :size]) for c, size in enumerate(nvec)]
+    assert logprob.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(logprob, sum(part.log_prob(everything[:, c]) for c, part in enumerate(parts)))
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    assert logprob.std() > 0.1  # not the uniform policy
+
+
+def test_action_spaces():
+    nvec, offset, scale = action_components(Box(np.float32([-2, 0]), np.float32([1, 10])), 4)
+    assert nvec == [4, 4]
+    np.testing.assert_allclose(offset + scale * np.array([[0, 0], [1, 2], [3, 3]]), [[-2, 0], [-1, 20 / 3], [1, 10]], rtol=1e-6)
+    nvec, offset, scale = action_components(Discrete(3, start=-1), None)
+    assert (nvec, (offset + scale * np.arange(3)).tolist()) == ([3], [-1, 0, 1])
+    nvec, offset, scale = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
+    assert (nvec, (offset + scale * np.array([1, 3, 2])).tolist()) == ([2, 4, 3], [1, 8, 2])
+
+
+@pytest.mark.parametrize(
+    ("env", "flags"),
+    [
+        ("RandomEndsDiscrete-v0", {}),
+        ("RandomEndsShifted-v0", {}),
+        ("RandomEndsMulti-v0", {"share_params": False}),
+        ("RandomEndsBox-v0", {"discretize_actions": 3}),
+        ("FrozenLake-v1", {}),
+        ("LunarLander-v3", {"norm_obs": "step", "norm_reward": True}),
+        ("BipedalWalker-v3", {"discretize_actions": 5, "norm_obs": "batch"}),
+        ("Game2048-v1", {}),
+        ("GraphColoring-v1", {"lstm": True}),
+    ],
+)
+def test_runs_and_evaluates_in(env, flags):
+    """The environments of this file check every action themselves."""
+    args = tiny(env=env, total_timesteps=128, eval_episodes=1 if "RandomEnds" in env else 0, eval_deterministic=False, **flags)
+    result = train(args)
+    assert result["global_step"] == 128
+    assert all(length > 0 for length in result["evaluation"].get("lengths", []))
+
+
+def test_samples_follow_the_policy(trace):
+    """Frequencies of actions against the probabilities of the rollout's logits, within four standard errors."""
+    iterations = trace(tiny(env="RandomEndsMulti-v0", num_steps=512, num_envs=8, total_timesteps=2 * 4096, learning_rate=0.02))
+    logits = torch.tensor(np.concatenate(iterations[1]["logits"])).view(-1, 3, 4)
+    probabilities = logits.masked_fill(torch.arange(4) >= torch.tensor([2, 4, 3])[:, None], -torch.inf).softmax(2)
+    chosen = nn.functional.one_hot(iterations[1]["actions"], 4)
+    error = (probabilities * (1 - probabilities)).sum(0).sqrt()
+    assert ((chosen - probabilities).sum(0).abs() <= 4 * error).all()
+    assert (probabilities.mean(0)[0] - 0.5).abs().max() > 0.01  # the update has moved the policy
+
+
+# masks
+
+
+@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedObservation-v0"])
+@pytest.mark.parametrize("lstm", [False, True])
+def test_aux_action_masks_are_obeyed(env, lstm, trace):
+    """The environment raises at an invalid action."""
+    iterations = trace(tiny(env=env, num_envs=8, num_steps=32, total_timesteps=3 * 256, lstm=lstm))
+    for record in iterations:
+        assert record["masks"].any(2).all()
+        assert record["masks"].gather(2, record["actions"].unsqueeze(2)).all()
+        assert 0.2 < record["masks"].float().mean() < 0.5  # of 2 x 5
+        assert record["obs"].shape[1] == 4  # the mask is no observation
+
+
+@pytest.mark.slow
+def test_aux_action_masks_are_obeyed_in_a_million_steps():
+    train(tiny(env="MaskedInfo-v0", num_envs=32, num_steps=256, num_minibatches=4, total_timesteps=1_000_000))
+
+
+def test_aux_action_masks_leave_no_probability_and_no_gradient():
+    agent = make_agent(lstm=False, share=True, nvec=(5,))
+    obs, action, n = torch.randn(64, 4), torch.randint(0, 2, (64, 1)) * 3, 64  # actions 0 and 3
+    mask = torch.tensor([True, False, False, True, True]).expand(n, 1, 5)
+    logprob, entropy, _, _ = agent(obs, action, mask, torch.zeros(n), agent.initial_state(n))
+    logits = agent.actor(agent.trunks[0](obs))
+    reference = Categorical(logits=logits[:, [0, 3, 4]])
+    torch.testing.assert_close(logprob, reference.log_prob((action > 0).long().squeeze(1)))
+    torch.testing.assert_close(entropy, reference.entropy())
+    (logprob.sum() + entropy.sum()).backward()
+    gradient = agent.actor.weight.grad
+    assert (gradient[[1, 2]] == 0).all()
+    assert (gradient[[0, 3, 4]] != 0).any(1).all()
+    assert gradient.isfinite().all()
+
+
+def test_aux_action_masks_where_nothing_is_valid_all_choices_count():
+    real = np.array([[True, True, False], [True, True, True]])
+    flat = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]])
+    expected = [[[False, True, False], [True, False, True]], [[True, True, False], [False, False, True]]]
+    for obs, info in (({"action_mask": flat}, {}), (np.zeros((2, 1)), {"action_mask": flat})):
+        assert read_masks(obs, info, real).tolist() == expected
+    assert read_masks(np.zeros((2, 1)), {"other": flat}, real) is None
+
+
+def test_observations_become_vectors():
+    space = Dict({"b": Box(0, 1, (2, 2)), "a": Discrete(3, start=1), "action_mask": MultiBinary(2)})
+    obs = {"b": np.arange(8).reshape(2, 2, 2), "a": np.array([1, 3]), "action_mask": np.ones((2, 2))}
+    expected = [[1, 0, 0, 0, 1, 2, 3], [0, 0, 1, 4, 5, 6, 7]]
+    np.testing.assert_array_equal(flatten_obs(obs, space), expected)
+    np.testing.assert_array_equal(flatten_obs(obs, space, (2, 0)), np.array(expected)[:, [2, 0]])
+
+
+# networks
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+@pytest.mark.parametrize("share", [True, False])
+def test_detail_13_shared_and_separate(share, lstm):
+    agent = make_agent(lstm, share)
+    obs, first = torch.randn(6, 4), torch.zeros(6)
+    agent.value(obs, first, agent.initial_state(2)).sum().backward()
+    moved = {name for name, p in agent.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert ("trunks.0.0.weight" in moved) == share
+    assert ("trunks.1.0.weight" in moved) == (not share)
+    per_trunk = 4 * 64 + 64 + 64 * 64 + 64 + lstm * (4 * 128 * (64 + 128) + 2 * 4 * 128)
+    heads = (1 + 3 * 4) * ((128 if lstm else 64) + 1)
+    assert sum(p.numel() for p in agent.parameters()) == per_trunk * (1 if share else 2) + heads
+
+
+def test_detail_32_lstm_initialization():
+    agent = Agent(4, [2], lstm=True, share_params=False)
+    assert agent.cells is not None
+    for cell in agent.cells:
+        for name, parameter in cell.named_parameters():
+            if name.startswith("weight"):  # orthonormal columns
+                torch.testing.assert_close(parameter.T @ parameter, torch.eye(parameter.shape[1]), atol=1e-5, rtol=0)
+            else:
+                assert (parameter == 0).all()
+    other = Agent(4, [2], weight_init="torch", lstm=True)
+    assert other.cells is not None
+    assert (other.cells[0].bias_ih != 0).all()
+
+
+# LSTM
+
+
+def random_sequence(steps: int, n: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(steps * n, 64, generator=generator, dtype=torch.float64)
+    first = (torch.rand(steps * n, generator=generator) < 0.15).double()
+    return x, first, 0.5 * torch.randn(n, 2, 128, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_detail_36_unrolled_lstm_equals_torch_on_each_episode(seed):
+    """Outputs, last state and gradients, against nn.LSTM on every piece between resets."""
+    steps, n = 23, 3
+    torch.manual_seed(seed)
+    cell = nn.LSTMCell(64, 128).double()
+    reference = nn.LSTM(64, 128).double()
+    for name, parameter in cell.named_parameters():
+        getattr(reference, f"{name}_l0").data = parameter.data.clone()
+    x, first, state = random_sequence(steps, n, seed)
+    x.requires_grad_()
+    outputs, after = unroll_lstm(cell, x, first, state)
+    expected = torch.zeros(steps, n, 128, dtype=torch.float64)
+    for i in range(n):
+        column, starts = x.view(steps, n, 64)[:, i], [0, *(first.view(steps, n)[1:, i].nonzero().flatten() + 1).tolist()]
+        for start, end in zip(starts, [*starts[1:], steps], strict=True):
+            own = start == 0 and first.view(steps, n)[0, i] == 0
+            h, c = state[i] if own else torch.zeros(2, 128, dtype=torch.float64)
+            piece, (h, c) = reference(column[start:end], (h[None], c[None]))
+            expected[start:end, i] = piece
+        torch.testing.assert_close(after[i], torch.stack([h[0], c[0]]))
+    torch.testing.assert_close(outputs, expected.flatten(0, 1))
+    weights = torch.randn_like(outputs)  # the reference knows nothing of what is written out in LSTMSteps.backward
+    ours = torch.autograd.grad((outputs * weights).sum(), [x, *cell.parameters()])
+    theirs = torch.autograd.grad((expected.flatten(0, 1) * weights).sum(), [x, *reference.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_detail_34_nothing_before_the_episode_counts():
+    """The gradient of each step's output with regard to all inputs before its episode, and the first state, is 0."""
+    steps, n = 12, 2
+    cell = nn.LSTMCell(64, 128).double()
+    x, _, state = random_sequence(steps, n, 0)
+    first = torch.zeros(steps, n, dtype=torch.float64)
+    first[5, 0] = first[9, 0] = first[3, 1] = 1
+    x.requires_grad_()
+    outputs, _ = unroll_lstm(cell, x, first.flatten(), state)
+    for i, t in itertools.product(range(n), range(steps)):
+        start = max([s for s in range(t + 1) if first[s, i]], default=0)
+        (gradient,) = torch.autograd.grad(outputs.view(steps, n, 128)[t, i].sum(), x, retain_graph=True)
+        size = gradient.view(steps, n, 64).abs().sum(2)
+        assert (size[:start] == 0).all()
+        assert (size[t + 1 :] == 0).all()
+        assert (size[start : t + 1, i] > 0).all()
+        assert (size[:, 1 - i] == 0).all()
+    other, _ = unroll_lstm(cell, x, first.flatten(), state + 1)
+    same = (other == outputs).all(1).view(steps, n)
+    assert same.tolist() == [[t >= 5, t >= 3] for t in range(steps)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lstm", [True, False])
+def test_training_sees_what_the_rollout_put_out(lstm, share, trace):
+    """Log-probabilities from the rollout's logits equal the batch's, across resets and rollout ends, for every step."""
+    for iteration, record in enumerate(
+        trace(tiny(env="RandomEndsMulti-v0", lstm=lstm, share_params=share, num_steps=24, total_timesteps=3 * 96))
+    ):
+        logits = torch.tensor(np.concatenate(record["logits"])).view(-1, 3, 4)
+        logits = logits.masked_fill(~record["masks"], -torch.inf)
+        taken = logits.log_softmax(2).gather(2, record["actions"].unsqueeze(2)).squeeze(2).sum(1)
+        torch.testing.assert_close(taken, record["logprobs"], atol=1e-5, rtol=0)
+        agent = record["agent"]
+        nn.utils.vector_to_parameters(record["theta"], agent.parameters())
+        inputs = [record[key] for key in ("obs", "actions", "masks", "first")]
+        for envs in ([2, 0, 3, 1], [3], [1, 2]):  # permuting or choosing environments permutes or chooses the results
+            rows = (torch.arange(24)[:, None] * 4 + torch.tensor(envs)).flatten()
+            state = record["start_state"][envs] if lstm else agent.initial_state(len(rows))
+            with torch.no_grad():
+                logprob, _, value, _ = agent(*(x[rows] for x in inputs), state)
+            torch.testing.assert_close(logprob, record["logprobs"][rows], atol=1e-5, rtol=0)
+            torch.testing.assert_close(value, record["values"][rows], atol=1e-5, rtol=1e-5)
+        if lstm:
+            assert (record["start_state"].abs().sum() > 0) == (iteration > 0)
+
+
+def test_states_are_reset_where_an_episode_begins(trace):
+    """The environment marks first observations; the step before each is the reset step, which is not learned from."""
+    records = trace(tiny(lstm=True, num_steps=40, total_timesteps=3 * 160))
+    first = torch.cat([record["first"].view(40, 4) for record in records])
+    marks = torch.cat([record["obs"][:, 0].view(40, 4) for record in records])
+    valid = torch.cat([record["valid"].view(40, 4) for record in records])
+    assert torch.equal(first, marks)
+    assert torch.equal(valid[:-1], 1 - first[1:])
+    assert first[1:].sum() > 20
+
+
+def test_detail_33_states_start_at_zero_and_after_a_checkpoint_too(trace):
+    starts = [record["start_state"].abs().sum().item() for record in trace(tiny(lstm=True, checkpoint_every=2))]
+    assert starts[0] == 0
+    assert starts[1] > 0
+    assert starts[2] == 0
+
+
+def test_detail_35_minibatches_are_whole_environments(trace):
+    orders = set()
+    for record in trace(tiny(lstm=True)):
+        for epoch in (record["updates"][:2], record["updates"][2:]):
+            minibatches = [mb_inds.view(16, 2) for mb_inds, _ in epoch]
+            for minibatch in minibatches:
+                envs = minibatch[0]
+                assert torch.equal(minibatch, torch.arange(16)[:, None] * 4 + envs)
+            orders.add(tuple(torch.cat([minibatch[0] for minibatch in minibatches]).tolist()))
+            assert sorted(torch.cat([m.flatten() for m in minibatches]).tolist()) == list(range(64))
+    assert len(orders) > 2
+
+
+@pytest.mark.parametrize("lstm", [True, False])
+def test_first_update_has_ratio_one(lstm, trace):
+    _, info = trace(tiny(lstm=lstm))[1]["updates"][0]
+    assert abs(info["old_approx_kl"].item()) < 1e-6
+    assert info["clipfrac"].item() == 0
+
+
+def test_numpy_policy_continues_its_state():
+    agent = make_agent(lstm=True, share=False)
+    obs = np.random.default_rng(0).standard_normal((5, 3, 4)).astype(np.float32)
+    policy, state = numpy_policy(agent), agent.initial_state(3)[:, 0].numpy()
+    steps = []
+    for x in obs:
+        logits, state = policy(x, state)
+        steps.append(logits)
+    with torch.no_grad():
+        features, _, after = agent.features(torch.tensor(obs).flatten(0, 1), torch.zeros(15), agent.initial_state(3))
+        torch.testing.assert_close(torch.tensor(np.concatenate(steps)), agent.actor(features), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(state), after[:, 0], atol=1e-5, rtol=0)
+
+
+# learning
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+def test_recall_needs_memory(lstm):
+    args = tiny(
+        env="Recall-v0",
+        num_envs=16,
+        num_steps=20,
+        num_minibatches=2,
+        update_epochs=4,
+        total_timesteps=25 * 320,
+        learning_rate=5e-3,
+        lstm=lstm,
+        eval_episodes=60,
+    )
+    score = np.mean(train(args)["evaluation"]["returns"])
+    assert score > 0.95 if lstm else 0.3 < score < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [True, False])
+def test_cartpole(share):
+    result = train(Args(run_dir="run", share_params=share, eval_episodes=0))
+    assert result["episodic_return"] >= 475
+
+
+# runs
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+def test_same_seed_same_numbers_and_resume_to_the_same_bit(lstm):
+    flags: dict[str, Any] = {"env": "CartPole-v1", "lstm": lstm, "checkpoint_every": 2, "total_timesteps": 4 * 64}
+    train(tiny("whole", **flags))
+    train(tiny("other", **flags, seed=2))
+    saved: list[Path] = []
+    save_checkpoint = ppo_shared_params.save_checkpoint
+
+    def keep(file, checkpoint):  # those of iterations 0, 2 and 4
+        save_checkpoint(file, checkpoint)
+        saved.append(Path(shutil.copy(file, f"checkpoint{len(saved)}.pt")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_shared_params, "save_checkpoint", keep)
+        train(tiny("again", **flags))
+    whole, again = read_checkpoint("whole"), read_checkpoint("again")
+    assert equal(whole["theta"], again["theta"])
+    assert read_metrics("whole") == read_metrics("again")
+    assert not equal(whole["theta"], read_checkpoint("other")["theta"])
+    shutil.copy(saved[1], "again/checkpoint.pt")  # as if killed after it
+    train(tiny("again", **flags, resume="again"))
+    resumed = read_checkpoint("again")
+    assert equal(whole["theta"], resumed["theta"])
+    assert equal(whole["adam"], resumed["adam"])
+    assert read_metrics("whole") == read_metrics("again")
+
+
+def test_renamed_copy_runs_alone():
+    Path("elsewhere").mkdir()
+    copy = shutil.copy(SCRIPT, "elsewhere/my_script.py")
+    words = ["--env", "CartPole", "--total-timesteps", "512", "--no-compile", "--eval-episodes", "2", "--run-dir", "out"]
+    run = run_script(*words, "--observe", "0", "2", script=copy, PYTHONPATH="")
+    assert run.returncode == 0, run.stderr
+    assert Path("out/my_script.py").read_text() == SCRIPT.read_text()
+    assert read_metrics("out")[0]["args"]["observe"] == [0, 2]
+    assert read_checkpoint("out")["theta"].numel() == 2 * 64 + 64 + 64 * 64 + 64 + 3 * 65
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"lstm": True, "num_minibatches": 8}, "num_envs = 4 does not divide"),
+        ({"discretize_actions": 1}, "discretize_actions is 1"),
+        ({"observe": (0, 0)}, "must be different"),
+        ({"observe": (-1,)}, "at least 0"),
+        ({"observe": (0, 7)}, "has 4 observation components"),
+        ({"env": "RandomEndsBox-v0"}, "add --discretize-actions"),
+        ({"env": "RandomEndsUnbounded-v0", "discretize_actions": 3}, "no finite bounds"),
+        ({"env": "RandomEndsBinary-v0"}, "needs Discrete, MultiDiscrete or Box"),
+        ({"discretize_actions": 3}, "leave out --discretize-actions"),
+        ({"env": "ConnectFour-v1"}, "several players"),
+        ({"env": "CartPoll"}, "nearest names: .*CartPole-v1"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"num_minibatches": 5}, "does not divide"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused(flags, words):
+    with pytest.raises(UsageError, match=words):
+        train(tiny(**flags))
+    assert not Path("run").exists()
