@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -596,7 +597,9 @@ def test_table1_normalization_by_both_readings(tmp_path):
         "no clipping or penalty": -0.4, "clipping 0.1": 0.6, "clipping 0.2": 1.0,
     }  # fmt: skip
     text = report.table_table1(results)
-    assert "| clipping 0.2 | 0.82 | 0.91 [0.89, 0.93] | 1.00 [0.97, 1.03] | 0.91" in text
+    assert re.search(
+        r"\| clipping 0.2 \| 0.82 \| 0.91 \[0.8\d, 0.9\d\] \| 1.00 \[0.9\d, 1.0\d\] \| 0.91 \[.*\| 1, 2, 3 \|", text
+    )
     assert "| clipping 0.3 | 0.70 |  |  |  |  |" in text
 
 

@@ -1,0 +1,212 @@
+"""Steps per second side by side: every contestant in turn, A B A B, each measurement a process of its own on the same cores.
+
+    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python
+    python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
+
+Contestants: the script with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up and compilation out);
+the same environments stepped with random actions, by envs.step and by the script's faster make_step; Stable-Baselines3 with
+the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise (--sbx-python). Run it
+on a quiet machine.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 2048  # environment steps of a rollout, however many environments share it
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements: each prints {"sps", "versions"} as its last line. Peers are imported only here, by their own Python.
+
+
+def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
+    """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
+    spec = importlib.util.spec_from_file_location("ppo_continuous", ROOT / "ppo_continuous.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    envs, _ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
+    space = envs.single_action_space
+    rng = script.np.random.default_rng(0)
+    actions = rng.uniform(space.low, space.high, (BATCH, num_envs, *space.shape)).astype(script.np.float32)
+    step = script.make_step(envs) if fast else envs.step
+    for t in range(200):
+        step(actions[t])
+    count = steps // num_envs
+    start = time.perf_counter()
+    for t in range(count):
+        step(actions[t % BATCH])
+    seconds = time.perf_counter() - start
+    return {"sps": count * num_envs / seconds, "versions": {"envpool": script.envpool.__version__}}
+
+
+def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
+    """PPO of Stable-Baselines3 or sbx: one rollout with its update first, then the clock."""
+    env_id = env if re.search(r"-v\d+$", env) else f"{env}-v4"
+    own = {"n_steps": BATCH // num_envs, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
+    import gymnasium
+    import stable_baselines3
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    versions = {"stable_baselines3": stable_baselines3.__version__, "gymnasium": gymnasium.__version__}
+    envs = VecNormalize(make_vec_env(env_id, num_envs, seed=1), gamma=0.99)
+    if library == "sbx":
+        import jax
+        import sbx
+
+        model = sbx.PPO("MlpPolicy", envs, seed=1, policy_kwargs={"net_arch": [64, 64]}, **own)
+        versions |= {"sbx": sbx.__version__, "jax": jax.__version__}
+    else:
+        import torch
+
+        torch.set_num_threads(threads)
+        # its MuJoCo default network is the 2 x 64 tanh of the paper; value clipping as in the script
+        model = stable_baselines3.PPO("MlpPolicy", envs, seed=1, device="cpu", clip_range_vf=0.2, **own)
+        versions |= {"torch": torch.__version__}
+    model.learn(BATCH)
+    rollouts = max(steps // BATCH, 1)
+    start = time.perf_counter()
+    model.learn(BATCH * rollouts)
+    return {"sps": BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
+
+
+def measure_script(env: str, num_envs: int, steps: int, threads: int, compiled: bool) -> dict:
+    """SPS that the script itself logs, from the end of its first iteration on."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "ppo_continuous.py"), "--env", env, "--run-dir", f"{folder}/run"]
+        command += ["--num-envs", str(num_envs), "--num-steps", str(BATCH // num_envs), "--eval-episodes", "0"]
+        command += ["--total-timesteps", str(BATCH * (max(steps // BATCH, 1) + 1)), "--num-threads", str(threads)]
+        command += ["--compile" if compiled else "--no-compile"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"ppo_continuous.py failed: {done.stderr.strip().splitlines()[-1]}")
+        header, first, *_, last = (json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines())
+    measured = last["global_step"] - first["global_step"]
+    sps = measured / (last["charts/seconds"] - first["charts/seconds"])
+    return {"sps": sps, "first_iteration_seconds": first["charts/seconds"], "versions": header["versions"]}
+
+
+def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
+    if what in ("compiled", "eager"):
+        return measure_script(env, num_envs, steps, threads, what == "compiled")
+    if what in ("make_step", "envs.step"):
+        return measure_environment(env, num_envs, steps, what == "make_step")
+    return measure_peer(what, env, num_envs, steps, threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contestants(peer_python: str | None, sbx_python: str | None) -> dict[str, tuple[str, int, str]]:
+    """Name -> what is measured, number of environments, Python that measures it."""
+    found: dict[str, tuple[str, int, str]] = {}
+    for n in (1, 8):
+        envs = f"{n} env{'s' if n > 1 else ''}"
+        found[f"ours, {envs}"] = ("compiled", n, sys.executable)
+        found[f"ours, eager, {envs}"] = ("eager", n, sys.executable)
+        found[f"environment only, {envs}"] = ("make_step", n, sys.executable)
+        found[f"environment only by envs.step, {envs}"] = ("envs.step", n, sys.executable)
+        if peer_python:
+            found[f"Stable-Baselines3, {envs}"] = ("sb3", n, peer_python)
+        if sbx_python:
+            found[f"sbx, {envs}"] = ("sbx", n, sbx_python)
+    return found
+
+
+def write_report(file: Path, header: dict, records: list[dict]):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in [header, *records]))
+    os.replace(temporary, file)
+
+
+def print_table(names: list[str], records: list[dict]):
+    rates = {name: {r["round"]: r["sps"] for r in records if r["contestant"] == name} for name in names}
+    first = names[0]
+    print(f"\n{'':40} {'steps/s: median [least, most]':>32}   {first} is faster by: median [least, most]")
+    for name in names:
+        values, ratios = list(rates[name].values()), [rates[first][r] / rates[name][r] for r in rates[name]]
+        spread = f"{statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}]"
+        print(f"{name:40} {spread:>32}   {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="HalfCheetah")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations")
+    parser.add_argument("--steps", type=int, default=51_200, help="environment steps of each measurement")
+    parser.add_argument("--cores", type=int, nargs="+", help="cores to pin to; default: the first that is allowed")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and envpool")
+    parser.add_argument("--peer-python", help="Python with stable-baselines3 and gymnasium[mujoco]")
+    parser.add_argument("--sbx-python", help="Python with sbx-rl")
+    parser.add_argument("--contestant", nargs="+", help="only these; the first is compared with the others")
+    parser.add_argument("--name", default="mujoco", help="of the file in results/speed/")
+    parser.add_argument("--results-dir", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--measure", nargs=2, metavar=("WHAT", "ENVS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        what, num_envs = options.measure
+        print(json.dumps(measure(what, options.env, int(num_envs), options.steps, options.threads)))
+        return 0
+    chosen = contestants(options.peer_python, options.sbx_python)
+    names = options.contestant or list(chosen)
+    unknown = [name for name in names if name not in chosen]
+    if unknown or options.rounds < 1 or options.steps < BATCH:
+        parser.error(f"contestants: {'; '.join(chosen)}; at least 1 round and {BATCH} steps")
+    cores = options.cores or (sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # the measuring processes inherit it
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    header: dict = {
+        "env": options.env,
+        "steps": options.steps,
+        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "cores": cores,
+        "threads": options.threads,
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()},
+    }
+    print(f"{header['cpu']}, cores {cores}, {options.threads} thread(s), load {header['load']} before the start")
+    environment = os.environ | dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads)
+    )
+    environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    records: list[dict] = []
+    for number in range(1, options.rounds + 1):
+        for name in names:
+            what, num_envs, python = chosen[name]
+            command = [python, str(Path(__file__).resolve()), "--measure", what, str(num_envs)]
+            command += ["--env", options.env, "--steps", str(options.steps), "--threads", str(options.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if done.returncode:
+                reason = (done.stderr.strip() or "no output").splitlines()[-1]
+                print(f"speed.py: {name} failed: {reason}", file=sys.stderr)
+                return 1
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            for library, version in result.pop("versions").items():
+                known = header["versions"].setdefault(library, version)
+                if known != version and version not in known.split(" and "):
+                    header["versions"][library] = f"{known} and {version}"
+            records.append({"round": number, "contestant": name, "num_envs": num_envs, **result})
+            print(f"round {number}: {name}: {result['sps']:.0f} steps/s", flush=True)
+        write_report(options.results_dir / "speed" / f"{options.name}.jsonl", header, records)  # whole rounds only
+    print_table(names, records)
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
