@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ def run_main(words: list[str], stderr: str):
     output = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     sys.argv = [str(SCRIPT), *words]
     ppo_continuous.main()
 
