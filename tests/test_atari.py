@@ -1,0 +1,590 @@
+"""ppo_atari.py: details 14-22, resets, scores, data parallel training, resume, evaluation, bad input."""
+
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import envpool
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ppo_atari
+from helpers import equal, read_checkpoint, read_jsonl
+from ppo_atari import Agent, Args, UsageError, average_gradient, find_game, make_envs, make_game_step, make_seeds, make_update
+
+SCRIPT = Path(ppo_atari.__file__)
+TINY: dict[str, Any] = {
+    "num_envs": 2,
+    "num_steps": 8,
+    "num_minibatches": 2,
+    "update_epochs": 1,
+    "total_timesteps": 3 * 16,
+    "checkpoint_every": 1,
+    "eval_episodes": 0,
+    "max_episode_steps": 50,
+    "compile": False,
+    "device": "cpu",
+    "num_threads": 1,
+}
+TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_share")
+forkserver: Any = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["ppo_continuous", "ppo_atari", "envs"])
+
+
+def tiny_args(run_dir: Path | str = "run", **changes) -> Args:
+    return Args(**(TINY | {"run_dir": str(run_dir)} | changes))
+
+
+def tiny_flags(run_dir: Path | str = "run", **changes) -> list[str]:
+    flags = []
+    for name, value in (TINY | {"run_dir": str(run_dir)} | changes).items():
+        word = name.replace("_", "-")
+        flags += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
+    return flags
+
+
+def read_metrics(run_dir: Path | str) -> list[dict]:
+    """Records of metrics.jsonl without times and header."""
+    records = read_jsonl(Path(run_dir) / "metrics.jsonl")[1:]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def plain_envs(game: str, seeds: list[int], **changes):
+    """envpool without any of the details, and its first observation and info."""
+    off = {"noop_max": 1, "frame_skip": 1, "episodic_life": False, "use_fire_reset": False, "reward_clip": False}
+    options = off | {"repeat_action_probability": 0.0} | changes
+    envs = envpool.make(game, env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=1, **options)
+    return envs, *envs.reset()
+
+
+def detail_envs(game: str, seeds: list[int], **changes):
+    """Environments of ppo_atari.py with all details off but those named."""
+    off = {"noop_max": 1, "frame_skip": 1, "episodic_life": False, "fire_reset": False, "clip_reward": False}
+    args = tiny_args(env=game, max_episode_steps=1000, **(off | changes))
+    return make_envs(args, seeds)
+
+
+def repeat(n: int, action: int) -> np.ndarray:
+    return np.full(n, action)
+
+
+# details of the environment
+
+
+def test_detail_14_games_start_with_1_to_noop_max_frames_without_action():
+    """The next states of the game, RAM and all, are those after so many no-op frames."""
+    seeds = list(range(1, 17))
+    one, _, info = plain_envs("SpaceInvaders-v5", [7])
+    rams = [info["ram"][0].copy()]  # one no-op
+    for _ in range(32):
+        rams.append(one.step(repeat(1, 0))[4]["ram"][0].copy())
+
+    def noops(noop_max):
+        envs, _ = detail_envs("SpaceInvaders", seeds, noop_max=noop_max)
+        after = envs.step(repeat(16, 0))[4]["ram"]
+        return [next(k for k, ram in enumerate(rams) if (ram == x).all()) for x in after]
+
+    found = noops(30)
+    assert min(found) >= 1
+    assert max(found) <= 30
+    assert max(found) > 20
+    assert len(set(found)) > 8  # a number of its own for each environment
+    assert set(noops(1)) == {1}
+
+
+def test_detail_15_an_action_lasts_frame_skip_frames_and_the_last_two_are_seen():
+    """Asteroids draws some things on every other frame only."""
+    four, _ = detail_envs("Asteroids", [3], frame_skip=4)
+    one, _ = detail_envs("Asteroids", [3], frame_skip=1)
+    flicker = 0
+    for t in range(30):
+        seen, _, _, _, info = four.step(repeat(1, t % 4))
+        frames = []
+        for _ in range(4):
+            obs, _, _, _, one_info = one.step(repeat(1, t % 4))
+            frames.append(obs[0, -1].astype(int))
+        assert (info["ram"] == one_info["ram"]).all()
+        np.testing.assert_allclose(seen[0, -1], np.maximum(frames[2], frames[3]), atol=40)  # resized before the maximum
+        assert abs(seen[0, -1] - np.maximum(frames[2], frames[3])).mean() < 0.05
+        flicker += (frames[2] != frames[3]).any() and abs(seen[0, -1] - frames[3]).mean() > 0.05
+    assert flicker > 10
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_detail_16_a_lost_life_terminates_but_the_game_goes_on(on):
+    envs, _ = detail_envs("Breakout", [3], fire_reset=True, frame_skip=4, episodic_life=on)
+    lives, ends = 5, []
+    for _ in range(400):
+        _, _, terminated, truncated, info = envs.step(repeat(1, 0))
+        assert not truncated[0]
+        if terminated[0]:
+            ends.append((int(info["lives"][0]), int(info["terminated"][0])))
+        elif info["lives"][0] < lives:
+            assert not on  # without the detail a lost life is a step as any other
+            break
+        lives = info["lives"][0]
+    if on:
+        assert ends[:5] == [(4, 0), (3, 0), (2, 0), (1, 0), (0, 1)]
+        assert lives == ends[-1][0]  # the next game has begun with five again, of which it has lost these
+    else:
+        assert ends == []
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_detail_17_fire_starts_each_life(on):
+    envs, _ = detail_envs("Breakout", [3], frame_skip=4, fire_reset=on, episodic_life=True)
+    lost = sum(int(envs.step(repeat(1, 0))[2][0]) for _ in range(120))
+    assert lost >= 3 if on else lost == 0  # Breakout serves no ball before FIRE
+
+
+def test_detail_18_frames_are_gray_and_84_by_84():
+    envs, obs = detail_envs("Breakout", [1, 2])
+    assert obs.shape == (2, 4, 84, 84)
+    assert obs.dtype == np.uint8
+    spec = envs.spec.config
+    assert spec.gray_scale
+    assert spec.use_inter_area_resize
+    small, _, _ = plain_envs("Breakout-v5", [1], use_inter_area_resize=False)
+    assert (small.step(repeat(1, 0))[0] != envs.step(repeat(2, 0))[0][:1]).any()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_detail_19_the_learner_gets_the_sign_of_the_reward(on):
+    envs, _ = detail_envs("SpaceInvaders", [3], frame_skip=4, clip_reward=on)
+    step, pairs = make_game_step(envs), set()
+    for t in range(120):
+        _, reward, _, _, raw, _ = step(repeat(1, 1 + t % 3))
+        pairs.add((float(reward[0]), float(raw[0])))
+    raws = {raw for _, raw in pairs}
+    assert raws > {0.0, 5.0}
+    assert pairs == {(np.sign(raw) if on else raw, raw) for raw in raws}
+
+
+@pytest.mark.parametrize("stack_num", [4, 2, 1])
+def test_detail_20_the_last_frames_are_stacked(stack_num):
+    envs, obs = detail_envs("SpaceInvaders", [3], frame_skip=4, stack_num=stack_num)
+    assert obs.shape == (1, stack_num, 84, 84)
+    assert (obs == obs[:, -1:]).all()  # envpool repeats the first frame
+    for _ in range(6):
+        next_obs = envs.step(repeat(1, 2))[0]
+        assert (next_obs[:, :-1] == obs[:, 1:]).all()
+        assert (next_obs[:, -1] != obs[:, -1]).any()
+        obs = next_obs.copy()
+
+
+def test_sticky_actions_full_action_space_and_time_limit():
+    envs, _ = detail_envs("Breakout", [1], full_action_space=True)
+    assert envs.single_action_space.n == 18
+
+    def ram(probability):
+        envs, _ = detail_envs("SpaceInvaders", [1, 2], frame_skip=4, repeat_action_probability=probability)
+        for t in range(20):
+            info = envs.step(repeat(2, 2 + t % 2))[4]
+        return info["ram"]
+
+    always, never, sometimes = ram(1.0), ram(0.0), ram(0.25)
+    assert (never[0] == never[1]).all()
+    assert (sometimes[0] != sometimes[1]).any()  # each environment draws its own
+    assert (always != never).any()
+
+    step = make_game_step(make_envs(tiny_args(max_episode_steps=10, frame_skip=1), [1])[0])
+    ends = [tuple(bool(x[0]) for x in step(repeat(1, 0))[2:4]) + (i,) for i in range(22)]
+    assert [i for _, truncated, i in ends if truncated] == [9, 20]  # a reset step lies between
+    assert not any(terminated for terminated, _, _ in ends)
+
+
+# details of the network
+
+
+def test_detail_21_nature_cnn():
+    agent = Agent(4, 6)
+    convolutions = [m for m in agent.trunk if isinstance(m, nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions] == [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
+    assert sum(p.numel() for p in agent.trunk.parameters()) == 1_684_128
+    assert agent.trunk(torch.zeros(1, 4, 84, 84)).shape == (1, 512)
+    for layer, gain in [
+        *((m, math.sqrt(2)) for m in agent.trunk if hasattr(m, "weight")),
+        (agent.actor, 0.01),
+        (agent.critic, 1),
+    ]:
+        weight = layer.weight.detach().flatten(1)
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), atol=1e-4, rtol=1e-4)
+        assert (layer.bias == 0).all()
+    logprob, entropy, value = agent(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8), torch.tensor([0, 1, 2]))
+    assert logprob.shape == entropy.shape == value.shape == (3,)
+    torch.testing.assert_close(entropy, torch.full((3,), math.log(6)), atol=1e-3, rtol=0)
+
+
+def test_detail_22_pixels_are_divided_by_255_in_the_network():
+    torch.manual_seed(0)
+    agent, unscaled = Agent(4, 6), Agent(4, 6, scale=1.0)
+    unscaled.load_state_dict(agent.state_dict())
+    obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(agent.hidden(obs), agent.trunk(obs.float() / 255))
+        torch.testing.assert_close(unscaled.hidden(obs), unscaled.trunk(obs.float()))
+
+
+@pytest.mark.parametrize("scheme", ["normc", "torch"])
+def test_detail_02_other_initial_weights(scheme):
+    agent = Agent(4, 6, weight_init=scheme)
+    norms = agent.trunk[0].weight.flatten(1).norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-5 if scheme == "normc" else (agent.trunk[0].bias != 0).any()
+
+
+def test_act_samples_the_policy_and_agrees_with_forward():
+    torch.manual_seed(0)
+    agent = Agent(4, 3)
+    agent.actor.weight.data *= 100
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        action, logprob, value = agent.act(obs, torch.empty(4, 3).exponential_())
+        expected = agent(obs, action)
+        torch.testing.assert_close((logprob, value), (expected[0], expected[2]))
+        hidden = agent.hidden(obs[:1])
+        probabilities = agent.actor(hidden).softmax(1)[0]
+        assert probabilities.max() < 0.9
+        agent.hidden = lambda obs: hidden.expand(len(obs), -1)  # type: ignore[method-assign]
+        many, _, _ = agent.act(torch.zeros(50_000, 1), torch.empty(50_000, 3).exponential_())
+        torch.testing.assert_close(many.bincount(minlength=3) / 50_000, probabilities, atol=0.01, rtol=0)
+        assert agent.act(torch.zeros(1, 1), torch.ones(1, 3))[0] == probabilities.argmax()
+
+
+def test_bfloat16_is_near_float32():
+    torch.manual_seed(0)
+    agent, half = Agent(4, 6), Agent(4, 6, precision="bfloat16")
+    half.load_state_dict(agent.state_dict())
+    obs, action = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8), torch.tensor([1, 2])
+    a, b = agent(obs, action), half(obs, action)
+    assert b[2].dtype == torch.float32
+    assert not torch.equal(a[2], b[2])
+    torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+# resets and scores
+
+
+def test_step_equals_that_of_envpool():
+    args = tiny_args(max_episode_steps=60)
+    fast, public = make_envs(args, [5, 6])[0], make_envs(args, [5, 6])[0]
+    step, rng, ended = make_game_step(fast), np.random.default_rng(0), 0
+    for _ in range(130):
+        action = rng.integers(4, size=2)
+        a, (obs, reward, terminated, truncated, info) = step(action), public.step(action)
+        over = (info["terminated"] == 1) | truncated
+        for x, y in zip(a, (obs, reward, terminated, truncated, info["reward"], over), strict=True):
+            np.testing.assert_array_equal(x, y)
+        ended += over.sum()
+    assert ended >= 2
+
+
+def record_run(monkeypatch, **changes) -> tuple[list, list]:
+    """Trains; returns the actions of all steps and the batches that the update got."""
+    actions, batches = [], []
+    make_step, make = ppo_atari.make_game_step, ppo_atari.make_update
+
+    def recorded_step(envs):
+        step = make_step(envs)
+        return lambda action: (actions.append(action.copy()), step(action))[1]
+
+    def recorded_update(agent, args):
+        compute_gradient, adam_step = make(agent, args)
+
+        def recorded(theta, batch, mb_inds, clip_coef):
+            batches.append([x.clone() for x in batch])
+            return compute_gradient(theta, batch, mb_inds, clip_coef)
+
+        return recorded, adam_step
+
+    monkeypatch.setattr(ppo_atari, "make_game_step", recorded_step)
+    monkeypatch.setattr(ppo_atari, "make_update", recorded_update)
+    ppo_atari.train(tiny_args(**changes))
+    return actions, batches
+
+
+@pytest.mark.parametrize("mask_resets", [True, False])
+def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_resets):
+    """Two rollouts of Breakout, played again through envpool's public interface with the same actions."""
+    T, N, iterations = 192, 2, 2 if mask_resets else 1
+    settings: dict[str, Any] = {"num_steps": T, "num_minibatches": 1, "total_timesteps": iterations * T * N, "seed": 3}
+    settings |= {"max_episode_steps": 150, "checkpoint_every": 100, "mask_resets": mask_resets, "env": "SpaceInvaders"}
+    settings |= {"frame_skip": 12}  # games end sooner
+    actions, batches = record_run(monkeypatch, **settings)
+    seeds = make_seeds(3, 1, N)
+    options = {"noop_max": 30, "frame_skip": 12, "episodic_life": True, "use_fire_reset": True, "reward_clip": True}
+    envs, obs, _ = plain_envs("SpaceInvaders-v5", seeds, max_episode_steps=150, **options)
+    score, length, resetting = np.zeros(N), np.zeros(N, dtype=int), np.zeros(N, dtype=bool)
+    games, kinds = [], set()
+    for t, action in enumerate(actions):
+        batch_obs, batch_actions, *_, batch_valid = batches[t // T]
+        row = slice(t % T * N, (t % T + 1) * N)
+        np.testing.assert_array_equal(batch_obs[row], obs)
+        np.testing.assert_array_equal(batch_actions[row], action)
+        np.testing.assert_array_equal(batch_valid[row], ~(resetting & mask_resets))
+        obs, reward, terminated, truncated, info = envs.step(action)
+        assert not info["reward"][resetting].any()
+        np.testing.assert_array_equal(reward, np.sign(info["reward"]))
+        score += info["reward"]
+        length += ~resetting if mask_resets else 1
+        resetting = terminated | truncated
+        for i in range(N):
+            if resetting[i]:
+                kinds.add("truncated" if truncated[i] else "game over" if info["terminated"][i] else "life")
+            if truncated[i] or info["terminated"][i]:
+                if mask_resets and not truncated[i]:
+                    assert length[i] == info["elapsed_step"][i]
+                games.append({"global_step": (t + 1) * N, "return": score[i], "length": length[i]})
+                score[i], length[i] = 0, 0
+    assert {"life", "game over"} <= kinds
+    assert read_jsonl("run/episodes.jsonl") == games
+    assert max(game["return"] for game in games) > 20  # raw, not signs
+
+
+def fixed_batch(n: int) -> list[torch.Tensor]:
+    """A batch of n steps, a fifth of them resets, as compute_gradient takes it."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    numbers = torch.randn(4, n, generator=generator)
+    valid = (torch.arange(n) % 5 != 2).float()
+    return [obs, torch.arange(n) % 4, numbers[0] * 0.1 - 1.4, numbers[1], numbers[2], numbers[3], valid]
+
+
+def gradient_of(args: Args, batch: list[torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(1)
+    agent = Agent(4, 4)
+    theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    compute_gradient, _ = make_update(agent, args)
+    return compute_gradient(theta, batch, torch.arange(len(batch[0])), torch.tensor(0.1))[0]
+
+
+def test_reset_steps_do_not_enter_the_gradient():
+    args, batch = tiny_args(), fixed_batch(10)
+    before = gradient_of(args, batch)
+    resets = batch[-1] == 0
+    for x in batch[2:6]:
+        x[resets] += 3.0
+    batch[0][resets] = 17
+    torch.testing.assert_close(gradient_of(args, batch), before)
+    batch[4][~resets] *= -1.0
+    assert (gradient_of(args, batch) - before).norm() > 0.1 * before.norm()
+
+
+# data parallel
+
+
+def run_rank(rank: int, port: int, directory: str):
+    """Body of rank 0 or 1: the gradient on its half of a fixed batch, then a training run."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.chdir(directory)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    args = tiny_args("run", num_envs=2, total_timesteps=3 * 32, norm_adv="none", target_kl=10.0)
+    half = [x[4 * rank : 4 * rank + 4] for x in fixed_batch(8)]
+    gradient = average_gradient(gradient_of(args, half), half[-1])
+    thetas: list[torch.Tensor] = []
+    make = ppo_atari.make_update
+
+    def remembering(agent, args):
+        compute_gradient, adam_step = make(agent, args)
+        return compute_gradient, lambda theta, *rest: (thetas.append(theta), adam_step(theta, *rest))[1]
+
+    ppo_atari.make_update = remembering
+    ppo_atari.train(args)
+    torch.save({"gradient": gradient, "theta": thetas[-1]}, f"rank{rank}.pt")
+
+
+def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [forkserver.Process(target=run_rank, args=(rank, port, os.getcwd())) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    a, b = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(a["theta"], b["theta"])
+    checkpoint = read_checkpoint("run")
+    assert torch.equal(a["theta"], checkpoint["theta"])
+    assert checkpoint["global_step"] == 3 * 32
+    assert [r["global_step"] for r in read_metrics("run")] == [32, 64, 96]
+
+    assert torch.equal(a["gradient"], b["gradient"])
+    whole = gradient_of(tiny_args(norm_adv="none"), fixed_batch(8))
+    torch.testing.assert_close(a["gradient"], whole, atol=1e-6, rtol=1e-4)
+    assert whole.norm() > 0.01
+
+    with pytest.raises(UsageError, match=r"the run has 2 rank\(s\), not 1"):
+        ppo_atari.train(tiny_args("run", resume="run"))
+
+
+# whole runs
+
+
+def run_child(words: list[str]):
+    """Body of a child process: the command line `ppo_atari.py words...`."""
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), *words]
+    ppo_atari.main()
+
+
+def start_child(*words) -> Any:
+    process = forkserver.Process(target=run_child, args=([str(word) for word in words],))
+    process.start()
+    return process
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs the command line in this process: words -> exit code, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+        code = 0
+        try:
+            ppo_atari.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_same_seed_same_numbers_and_a_killed_run_resumes_to_the_last_bit():
+    settings = {"total_timesteps": 6 * 16, "checkpoint_every": 2}
+    ppo_atari.train(tiny_args("a", **settings))
+    ppo_atari.train(tiny_args("other_seed", seed=2, **settings))
+    child = start_child(*tiny_flags("b", **settings))
+    metrics = Path("b/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:  # after iteration 3, whose work is lost
+        assert child.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert 2 <= read_checkpoint("b")["iteration"] < 6
+    child = start_child("--resume", "b")
+    child.join(120)
+    assert child.exitcode == 0
+    a, b, other = (read_checkpoint(run_dir) for run_dir in ("a", "b", "other_seed"))
+    for key in a.keys() - {"args", "log_sizes"}:
+        assert equal(a[key], b[key]), key
+    assert not torch.equal(a["theta"], other["theta"])
+    assert read_metrics("a") == read_metrics("b") != read_metrics("other_seed")
+
+
+def test_renamed_copy_alone_evaluates_whole_games_and_draws_them():
+    shutil.copy(SCRIPT, "my_experiment.py")
+    words = tiny_flags("run", env="PongNoFrameskip-v4", total_timesteps=16, eval_episodes=2, capture_video=True)
+    command = [sys.executable, "my_experiment.py", *words]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "evaluation, sampled actions: return" in done.stdout
+    assert "over 2 games" in done.stdout
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "checkpoint.pt",
+        "episodes.jsonl",
+        "evaluation.gif",
+        "metrics.jsonl",
+        "my_experiment.py",
+    ]
+    with Image.open("run/evaluation.gif") as gif:
+        assert gif.size == (160, 210)
+        assert gif.n_frames > 5
+        assert np.asarray(gif.convert("L")).std() > 1  # shows something
+    assert read_jsonl("run/metrics.jsonl")[0]["script"] == "my_experiment.py"
+
+
+def test_evaluation_plays_whole_games_and_repeats_itself():
+    settings: dict[str, Any] = {"max_episode_steps": 400, "eval_episodes": 2}
+    ppo_atari.train(tiny_args(total_timesteps=16))
+    checkpoint = read_checkpoint("run")
+    args = tiny_args(**settings)
+    first = ppo_atari.evaluate(args, checkpoint)
+    assert first == ppo_atari.evaluate(args, checkpoint)
+    assert min(first["lengths"]) > 100  # five lives of about 25 steps
+    whole = tiny_args(**settings, eval_deterministic=True)
+    assert ppo_atari.evaluate(whole, checkpoint) != first
+
+
+def test_names_of_games():
+    assert {find_game(name) for name in ("Breakout", "Breakout-v5", "BreakoutNoFrameskip-v4")} == {"Breakout-v5"}
+    with pytest.raises(UsageError, match="unknown game Breakot; nearest names: Breakout"):
+        find_game("Breakot")
+    for name in ("HalfCheetah", "ALE/Breakout-v5", "Breakout-v4"):
+        with pytest.raises(UsageError, match="unknown game"):
+            find_game(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env", "SpaceInvadrs"], "unknown game SpaceInvadrs; nearest names: SpaceInvaders"),
+        (["--num-minibatches", 3], "num_envs * num_steps = 16 does not divide into num_minibatches = 3"),
+        (["--noop-max", 0], "noop_max is 0: it must be at least 1"),
+        (["--stack-num", 0], "stack_num is 0: it must be at least 1"),
+        (["--frame-skip", 0], "frame_skip is 0: it must be at least 1"),
+        (["--repeat-action-probability", 1.5], "repeat_action_probability is 1.5: it must lie between 0 and 1"),
+        (["--total-timesteps", 15], "less than one rollout of num_envs * num_steps * ranks = 16"),
+        (["--device", "gpu"], "device is gpu: use auto, cpu, cuda or cuda:1"),
+        (["--resume", "nowhere"], "there is no checkpoint nowhere"),
+    ],
+)
+def test_bad_input_gives_one_sentence(command_line, words, message):
+    code, out, err = command_line(*tiny_flags(), *words)
+    assert code == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("ppo_atari.py: error: ")
+    assert message in err
+    assert not Path("run").exists()
+
+
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="torch finds no GPU here"):
+        tiny_args(device="cuda")
+    assert tiny_args(device="auto").device == "cpu"
+
+
+def test_ranks_do_not_evaluate_together(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="not with torchrun"):
+        tiny_args(evaluate="run")
+    with pytest.raises(UsageError, match="= 32 steps"):
+        tiny_args(total_timesteps=31)
+
+
+def test_table_5_of_the_paper():
+    """3 epochs, clip range annealed, value loss weight 1 on the square without 1/2."""
+    args = tiny_args(update_epochs=3, anneal_clip=True, vf_coef=2.0)
+    ppo_atari.train(args)
+    records = read_metrics("run")
+    np.testing.assert_allclose([r["charts/clip_coef"] for r in records], [0.1, 0.1 * 2 / 3, 0.1 / 3])
+    assert [r["charts/epochs"] for r in records] == [3, 3, 3]
+
+
+@pytest.mark.slow
+def test_compiled_run_is_near_the_eager_one():
+    for run_dir, compiled in (("eager", False), ("compiled", True)):
+        ppo_atari.train(tiny_args(run_dir, compile=compiled))
+    eager, compiled = read_checkpoint("eager")["theta"], read_checkpoint("compiled")["theta"]
+    torch.testing.assert_close(compiled, eager, atol=2e-4, rtol=0)
+    assert not torch.equal(compiled, torch.zeros_like(compiled))
