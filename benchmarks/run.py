@@ -449,13 +449,17 @@ def run_on_ray(waiting: deque[suites.Run], options: argparse.Namespace, progress
     except ModuleNotFoundError as error:
         raise RunnerError("--ray needs Ray: pip install ray") from error
     excludes = [".git", ".venv", "runs", "wandb", "benchmarks/runs", "benchmarks/results", "benchmarks/plots"]
-    ray.init(
-        address=None if options.ray == "local" else options.ray,
-        num_cpus=options.jobs * options.cores_per_run if options.jobs and options.ray == "local" else None,
-        runtime_env={"working_dir": str(ROOT), "excludes": excludes},
-        include_dashboard=False if options.ray == "local" else None,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address=None if options.ray == "local" else options.ray,
+            num_cpus=options.jobs * options.cores_per_run if options.jobs and options.ray == "local" else None,
+            runtime_env={"working_dir": str(ROOT), "excludes": excludes},
+            include_dashboard=False if options.ray == "local" else None,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray raises many kinds, plain Exception among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunnerError(f"the Ray cluster {options.ray} cannot be used: {reason}") from error
     gpus = 1 / options.runs_per_gpu if options.gpus else 0
     remote = ray.remote(num_cpus=options.cores_per_run, num_gpus=gpus, max_retries=0)(run_ray_task)
 
