@@ -7,7 +7,8 @@
 
 RESULT_LINE
 
-The path for a GPU is written but untested: no GPU was at hand.
+5.5 ms of one AVX2 core per step, 180 steps/s: update 76%, environment 14%, policy 10%. The path for a GPU (CUDA graphs,
+pinned copies) is written but untested: none was at hand.
 """
 
 # /// script
@@ -23,6 +24,7 @@ The path for a GPU is written but untested: no GPU was at hand.
 #     "wandb==0.31.0",
 # ]
 # ///
+import argparse
 import dataclasses
 import difflib
 import gc
@@ -616,7 +618,7 @@ def train(args: Args) -> dict:
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=device))
     act: Any = torch.no_grad()(agent.act)
     compute_gradient, adam_step = make_update(agent, args)
-    can_compile = on_gpu or shutil.which(os.environ.get("CXX", "g++"))
+    can_compile = on_gpu or shutil.which(os.environ.get("CXX", "g++").split()[0])
     if args.compile and not can_compile:
         tqdm.tqdm.write("warning: no C++ compiler found, so all runs uncompiled, which is slower", sys.stderr)
     elif args.compile:
@@ -690,9 +692,10 @@ def train(args: Args) -> dict:
     if rank == 0:
         if not checkpoint:
             save(0)
+        speed = "GPUs are untested" if on_gpu else "expect about 180 steps/s of one unshared core with AVX2, more with AMX"
         tqdm.tqdm.write(
             f"{args.env}: {N} x {T} steps, {world_size} rank(s), {args.num_iterations} iterations on {device}, "
-            f"{args.num_threads} thread(s) a rank; expect SPEED_HINT; run directory {run_dir}",
+            f"{args.num_threads} thread(s) a rank; {speed}; run directory {run_dir}",
             sys.stderr,
         )
     obs = torch.zeros(T + 1, *first_obs.shape, dtype=torch.uint8, device=device)
@@ -856,10 +859,13 @@ def train(args: Args) -> dict:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Arguments of the command line and the checkpoint that they name; its settings are their defaults then."""
-    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name)
-    if not (args.resume or args.evaluate):
-        return args, None
-    checkpoint, file = load_checkpoint(args.resume or args.evaluate)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--resume", default="")
+    named.add_argument("--evaluate", default="")
+    paths = named.parse_known_args()[0]
+    if not (paths.resume or paths.evaluate):
+        return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
+    checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
         moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
         if not torch.cuda.is_available():
