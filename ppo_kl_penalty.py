@@ -20,6 +20,7 @@ RESULT_LINE
 #     "wandb==0.31.0",
 # ]
 # ///
+import argparse
 import contextlib
 import ctypes
 import ctypes.util
@@ -265,7 +266,8 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
             **size,
         )
     else:
-        sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie where the user stands
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie where the user stands
         try:
             envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", render_mode=render_mode)
         except (ModuleNotFoundError, gymnasium.error.Error) as error:
@@ -677,7 +679,7 @@ def train(args: Args) -> dict:
     obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
     return_rms = RunningMeanStd(())
     update = make_update(agent, args)
-    can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
+    can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++").split()[0])
     if args.compile and not can_compile:
         tqdm.tqdm.write("warning: no C++ compiler found, so the update runs uncompiled, several times slower", sys.stderr)
     elif args.compile:
@@ -906,10 +908,13 @@ def train(args: Args) -> dict:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Arguments of the command line and the checkpoint that they name; its settings are their defaults then."""
-    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name)
-    if not (args.resume or args.evaluate):
-        return args, None
-    checkpoint, file = load_checkpoint(args.resume or args.evaluate)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--resume", default="")
+    named.add_argument("--evaluate", default="")
+    paths = named.parse_known_args()[0]
+    if not (paths.resume or paths.evaluate):
+        return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
+    checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
         moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
         if not torch.cuda.is_available():
