@@ -69,15 +69,15 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     try:
         header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
         episodes = read_jsonl(run_dir / "episodes.jsonl")
-    except (OSError, ValueError) as error:
-        raise RunnerError(f"{run_dir} is no run directory with readable logs: {error}") from error
-    args = header["args"]
-    batch_size = args["num_envs"] * args["num_steps"]
-    last_step = iterations[-1]["global_step"] if iterations else 0
+        args = header["args"]
+        batch_size = args["num_envs"] * args["num_steps"]
+        steps, returns = [e["global_step"] for e in episodes], [e["return"] for e in episodes]
+        last_step = iterations[-1]["global_step"] if iterations else 0
+        seconds = [record["charts/seconds"] for record in iterations]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunnerError(f"{run_dir} is no run directory with readable logs: {error!r}") from error
     if last_step + batch_size <= args["total_timesteps"]:
         raise RunnerError(f"{run_dir} is not finished: {last_step:,} of {args['total_timesteps']:,} steps")
-    steps, returns = [e["global_step"] for e in episodes], [e["return"] for e in episodes]
-    seconds = [record["charts/seconds"] for record in iterations]
     # the clock of a run starts at 0 again where it was resumed
     total_seconds = sum(a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a)
     curve: dict[str, list] = {"global_step": [], "return": []}

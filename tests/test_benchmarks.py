@@ -49,7 +49,7 @@ with open(d.parent / "starts", "a") as f:
 def save(i):
     c.update(iteration=i, sizes=[m.tell(), e.tell()])
     t = d / "checkpoint.tmp"; t.write_text(json.dumps(c)); os.replace(t, d / "checkpoint.pt")
-if c["iteration"] == 0:
+if not sys.argv[1:2] == ["--resume"]:
     args = vars(a) | {"num_envs": 1, "num_steps": 100}
     m.write(json.dumps({"args": args, "script": "ppo_continuous.py", "script_sha256": "0", "git_revision": None,
                         "versions": {"python": "3"}, "cpu": "test", "cpu_cores": 1, "gpu": None}) + "\\n")
@@ -238,6 +238,10 @@ def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
 
 
 def test_damaged_result_is_named(tmp_path):
+    with open(write_run(tmp_path / "r") / "metrics.jsonl", "a") as f:
+        f.write('{"args": {}}\n')
+    with pytest.raises(run.RunnerError, match="no run directory with readable logs"):
+        run.summarize(tmp_path / "r", "base", "default")
     file = tmp_path / "x.jsonl.gz"
     file.write_bytes(gzip.compress(b"{}\n")[:-3])
     with pytest.raises(run.RunnerError, match="damaged"):
