@@ -492,7 +492,9 @@ def unroll_lstm(cell: Any, x: torch.Tensor, first: torch.Tensor, state: torch.Te
 class Agent(nn.Module):
     """Policy and value as linear heads on a trunk of 64 and 64 tanh units, and an LSTM of 128 if wanted, or on one each."""
 
-    def __init__(self, obs_dim: int, nvec: list[int], weight_init: str = "orthogonal", share_params=True, lstm=False):
+    def __init__(
+        self, obs_dim: int, nvec: list[int], weight_init: str = "orthogonal", share_params: bool = True, lstm: bool = False
+    ):
         """nvec: number of choices of each of the C action components; K is the largest, the rest is masked."""
         super().__init__()
 
@@ -521,7 +523,7 @@ class Agent(nn.Module):
 
     def initial_state(self, n: int) -> torch.Tensor:
         """State of n environments: (n, trunks, 2, H), not read without an LSTM."""
-        return torch.zeros(n, len(self.trunks), 2, LSTM_SIZE, device=self.critic.weight.device)  # [detail 33]
+        return torch.zeros(n, len(self.trunks), 2, LSTM_SIZE, device=self.actor.weight.device)  # [detail 33]
 
     def features(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """obs (T * n, obs_dim), first (T * n,), state (n, trunks, 2, H) -> inputs of actor and critic, state after."""
@@ -532,6 +534,7 @@ class Agent(nn.Module):
         return outputs[0], outputs[-1], state
 
     def value(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Value (T * n,) alone, in units of reward; arguments as in features."""
         return self.critic(self.features(obs, first, state)[1]).squeeze(1)
 
     def forward(
