@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 from helpers import read_checkpoint, read_jsonl
@@ -36,9 +36,21 @@ TRACE: dict[str, Any] = {
     "eval_episodes": 0,
     "compile": False,
 }
+TRACE_OF_SCRIPT: dict[str, dict[str, Any]] = {
+    # its defaults are those of discrete control; here the flags of the base
+    "ppo_shared_params": {"env": "RecorderDiscrete-v0", "norm_obs": "step", "clip_obs": 10.0}
+    | {"norm_reward": True, "clip_reward": 10.0, "ent_coef": 0.0}
+}
+BATCH = ("obs", "action", "logprob", "value", "advantage", "return_", "valid")
+BATCH_OF_SCRIPT = {
+    "ppo_kl_penalty": (*BATCH, "mean", "std"),
+    "ppo_shared_params": ("obs", "action", "mask", "first", *BATCH[2:]),
+}
 T, N, UPDATES = 32, 2, 6  # updates of an iteration
 PLAIN: dict[str, Any] = {"norm_obs": "none", "clip_obs": math.inf, "norm_reward": False, "clip_reward": math.inf}
 
+RECORDED = [script for script in SCRIPTS if script in CONTINUOUS or script.__name__ in TRACE_OF_SCRIPT]
+each_recorded = pytest.mark.parametrize("script", RECORDED, ids=lambda script: script.__name__)
 each_continuous = pytest.mark.parametrize("script", CONTINUOUS, ids=lambda script: script.__name__)
 
 
@@ -72,12 +84,22 @@ class Recorder(gymnasium.Env):
 
     def step(self, action):
         obs, reward = self.draw(), float(self.np_random.normal(3.0, 20.0))
-        terminated, truncated = bool(self.np_random.random() < 0.08), bool(self.np_random.random() < 0.08)
-        self.keep(obs, reward, terminated, truncated, np.array(action), None)
-        return obs, reward, terminated, truncated, {}
+        terminated, truncated = (self.np_random.random(2) < 0.08) & (len(self.events) != T - 1)
+        truncated |= len(self.events) == T  # the first rollout ends with an episode, so the second begins with a reset
+        self.keep(obs, reward, bool(terminated), bool(truncated), np.array(action), None)
+        return obs, reward, bool(terminated), bool(truncated), {}
+
+
+class RecorderDiscrete(Recorder):
+    """The same with three choices."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.action_space: Any = Discrete(3)
 
 
 gymnasium.register("Recorder-v0", "test_details:Recorder")
+gymnasium.register("RecorderDiscrete-v0", "test_details:RecorderDiscrete")
 
 
 @dataclass
@@ -103,10 +125,9 @@ class Trace:
 
     def batch(self, iteration: int) -> SimpleNamespace:
         """What the updates of an iteration learn from, each (T, N, ...)."""
-        names = ("obs", "action", "logprob", "value", "advantage", "return_", "valid")
-        tensors = self.updates_of(iteration)[0].batch[: len(names)]
+        tensors = vars(self.updates_of(iteration)[0].batch)
         shape = (self.args.num_steps, self.args.num_envs)
-        return SimpleNamespace(**{name: x.view(*shape, *x.shape[1:]) for name, x in zip(names, tensors, strict=True)})
+        return SimpleNamespace(**{name: x.view(*shape, *x.shape[1:]) for name, x in tensors.items()})
 
     def recorded(self, name: str) -> np.ndarray:
         """What the environments kept, (1 + iterations * T, N, ...), the first observation first; one group only."""
@@ -129,7 +150,7 @@ def clones(*tensors):
 
 
 def run_trace(script, run_dir: Path, **changes) -> Trace:
-    flags = TRACE | {"run_dir": str(run_dir)} | changes
+    flags = TRACE | TRACE_OF_SCRIPT.get(script.__name__, {}) | {"run_dir": str(run_dir)} | changes
     trace = Trace(script.Args(**flags), script)
     originals = SimpleNamespace(**{name: getattr(script, name) for name in ("compute_gae", "make_update", "ppo_loss")})
     make_policy = script.numpy_policy
@@ -152,16 +173,20 @@ def run_trace(script, run_dir: Path, **changes) -> Trace:
         trace.agent = copy.deepcopy(agent)
         trace.initial = {name: p.detach().clone() for name, p in agent.named_parameters()}
 
-        def update(theta, adam, batch, mb_inds, *hyper):
+        batch_names = BATCH_OF_SCRIPT.get(script.__name__, BATCH)
+
+        def update(*args):
+            given = inspect.signature(inner).bind(*args).arguments
+            theta, adam = given["theta"], given["adam"]
             before, adam_before = theta.clone(), clones(*adam)
-            info = inner(theta, adam, batch, mb_inds, *hyper)
+            info = inner(*args)
             loss_arguments = SimpleNamespace(**{name[4:]: info.pop(name) for name in list(info) if name.startswith("spy_")})
             trace.updates.append(
                 SimpleNamespace(
                     iteration=len(trace.rollouts) - 1,
-                    batch=clones(*batch),
-                    mb_inds=mb_inds.clone(),
-                    learning_rate=hyper[0].item(),
+                    batch=SimpleNamespace(**dict(zip(batch_names, clones(*given["batch"]), strict=True))),
+                    mb_inds=given["mb_inds"].clone(),
+                    learning_rate=given["learning_rate"].item(),
                     theta=(before, theta.clone()),
                     adam=(adam_before, clones(*adam)),
                     info=clone_info(info),
@@ -175,8 +200,8 @@ def run_trace(script, run_dir: Path, **changes) -> Trace:
     def numpy_policy(agent):
         inner = make_policy(agent)
 
-        def policy(obs):
-            mean, std = inner(obs)
+        def policy(obs, *state):
+            mean, std = inner(obs, *state)  # without a Gaussian: logits and state
             trace.acted.append(SimpleNamespace(obs=obs.copy(), mean=mean.copy(), std=std.copy()))
             return mean, std
 
@@ -270,7 +295,7 @@ def valid_mean(x: torch.Tensor, valid: torch.Tensor) -> float:
     return x[valid > 0].double().mean().item()
 
 
-@each_continuous
+@each_recorded
 def test_detail_01_rollouts_of_n_environments_and_t_steps(script, traces):
     trace = traces(script, **PLAIN)
     obs, reward = trace.recorded("obs"), trace.recorded("reward")
@@ -336,7 +361,7 @@ def adam_of_torch(trace: Trace, eps: float) -> list[torch.Tensor]:
     return changes
 
 
-@each_continuous
+@each_recorded
 @pytest.mark.parametrize("eps", [1e-5, 1e-8, 1e-3])
 def test_detail_03_epsilon_of_adam(script, traces, eps):
     assert script.Args().adam_eps == 1e-5
@@ -350,7 +375,7 @@ def test_detail_03_epsilon_of_adam(script, traces, eps):
     assert min(errors.values()) > 1e-3
 
 
-@each_continuous
+@each_recorded
 def test_detail_04_learning_rate_annealing(script, traces):
     trace, n = traces(script), 3
     assert script.Args().anneal_lr
@@ -382,7 +407,7 @@ def test_detail_05_generalized_advantage_estimation(script, traces, flags):
             torch.testing.assert_close(rollout.values[-1], last)
 
 
-@each_continuous
+@each_recorded
 def test_detail_06_every_transition_once_per_epoch_in_new_order(script, traces):
     trace = traces(script)
     assert len(trace.updates) == 3 * UPDATES
@@ -395,8 +420,8 @@ def test_detail_06_every_transition_once_per_epoch_in_new_order(script, traces):
         valid = trace.batch(epoch[0].iteration).valid
         assert sum(update.loss.valid.sum() for update in epoch) == valid.sum() < T * N
         for update in epoch:  # what the loss gets is what the indices name
-            torch.testing.assert_close(update.loss.old_logprob, update.batch[2][update.mb_inds])
-            torch.testing.assert_close(update.loss.return_, update.batch[5][update.mb_inds])
+            torch.testing.assert_close(update.loss.old_logprob, update.batch.logprob[update.mb_inds])
+            torch.testing.assert_close(update.loss.return_, update.batch.return_[update.mb_inds])
     assert len(set(orders)) == len(orders), "two epochs have the same order"
     assert tuple(range(T * N)) not in orders
     whole = traces(script, num_minibatches=1)
@@ -408,13 +433,13 @@ def direct_normalized_advantages(advantage: torch.Tensor, valid: torch.Tensor) -
     return ((advantage.double() - chosen.mean()) / (chosen.std(correction=0) + 1e-8)).float()
 
 
-@each_continuous
+@each_recorded
 @pytest.mark.parametrize("norm_adv", ["minibatch", "batch", "none"])
 def test_detail_07_advantage_normalization(script, traces, norm_adv):
     assert script.Args().norm_adv == "minibatch"
     trace = traces(script, norm_adv=norm_adv)
     for update in trace.updates:
-        raw, valid, inds = trace.rollouts[update.iteration].advantages.flatten(), update.batch[6], update.mb_inds
+        raw, valid, inds = trace.rollouts[update.iteration].advantages.flatten(), update.batch.valid, update.mb_inds
         expected = {
             "minibatch": direct_normalized_advantages(raw[inds], valid[inds]),
             "batch": direct_normalized_advantages(raw, valid)[inds],
@@ -453,7 +478,7 @@ def test_detail_08_clipped_surrogate_objective(script, ratio, advantage, clipped
     assert loss_of(script, **sample, clip_policy=False)[0].item() == pytest.approx(-unclipped)
 
 
-@each_continuous
+@each_recorded
 def test_detail_08_flag_and_range_reach_the_loss(script, traces):
     for clip_policy, clip_coef in ((True, 0.2), (False, 0.05)):
         trace = traces(script, clip_policy=clip_policy, clip_coef=clip_coef)
@@ -480,19 +505,19 @@ def test_detail_09_value_clipping(script, value, old_value, return_, clipped, un
         assert info["value_loss"].item() == pytest.approx(0.5 * square)
 
 
-@each_continuous
+@each_recorded
 def test_detail_09_flag_reaches_the_loss(script, traces):
     for clip_vloss in (True, False):
         trace = traces(script, clip_vloss=clip_vloss)
         assert {bool(update.loss.clip_vloss) for update in trace.updates} == {clip_vloss}
         for update in trace.updates:  # around the value at the time of the rollout
-            torch.testing.assert_close(update.loss.old_value, update.batch[3][update.mb_inds])
+            torch.testing.assert_close(update.loss.old_value, update.batch.value[update.mb_inds])
 
 
-@each_continuous
+@each_recorded
 @pytest.mark.parametrize("flags", [{}, {"vf_coef": 0.7, "ent_coef": 0.3}])
 def test_detail_10_overall_loss_and_entropy_bonus(script, traces, flags):
-    assert (script.Args().vf_coef, script.Args().ent_coef) == (0.5, 0.0)
+    assert (script.Args().vf_coef, script.Args().ent_coef) == (0.5, 0.0 if script in CONTINUOUS else 0.01)
     trace = traces(script, **flags)
     for update in trace.updates:
         info = update.info
@@ -506,7 +531,7 @@ def test_detail_10_overall_loss_and_entropy_bonus(script, traces, flags):
 def gradient_of(trace: Trace, update) -> torch.Tensor:
     """Gradient before any clipping, by torch's autograd through the network and the loss, flat, in float64."""
     agent = trace.agent_at(update.theta[0]).double()
-    minibatch = [x[update.mb_inds].double() for x in update.batch]
+    minibatch = [x[update.mb_inds].double() for x in vars(update.batch).values()]
     logprob, entropy, value, *rest = agent(*minibatch[:2])
     arguments = vars(update.loss) | {"logprob": logprob, "entropy": entropy, "value": value}
     if rest:
@@ -563,7 +588,7 @@ def test_detail_12_debug_variables_of_the_loss(script):
     assert {name: info[name].item() for name in expected} == pytest.approx(expected)
 
 
-@each_continuous
+@each_recorded
 def test_detail_12_debug_variables_in_the_log(script, traces):
     trace = traces(script)
     for iteration, record in enumerate(trace.metrics):
@@ -677,9 +702,9 @@ def test_detail_27_environment_gets_clipped_actions_and_learner_unclipped_ones(s
                     np.testing.assert_array_equal(event.action, expected)
 
 
-@each_continuous
+@each_recorded
 def test_detail_28_observations_by_statistics_updated_before_use(script, traces):
-    assert script.Args().norm_obs == "step"
+    assert script.Args().norm_obs == "step" or script not in CONTINUOUS
     trace = traces(script)
     raw = trace.recorded("obs")
     expected = np.clip(direct_normalized(raw), -10, 10)
@@ -696,7 +721,7 @@ def test_detail_28_observations_by_statistics_updated_before_use(script, traces)
     assert saved["count"] == pytest.approx(1e-4 + raw[..., 0].size, rel=1e-12)
 
 
-@each_continuous
+@each_recorded
 def test_detail_28_statistics_once_per_rollout_or_none(script, traces):
     trace = traces(script, norm_obs="batch")
     raw = trace.recorded("obs")
@@ -710,18 +735,18 @@ def test_detail_28_statistics_once_per_rollout_or_none(script, traces):
     np.testing.assert_array_equal(stored, trace.recorded("obs")[:-1].astype(np.float32))
 
 
-@each_continuous
+@each_recorded
 def test_detail_28_epsilon(script):
     rms = script.RunningMeanStd((1,))
     assert (rms.mean.tolist(), rms.var.tolist(), rms.count) == ([0.0], [1.0], 1e-4)
     rms.m2, rms.count = np.array([3e-8]), 1.0
-    normalized = script.normalize_obs(np.array([[1e-4]]), rms, script.Args())
+    normalized = script.normalize_obs(np.array([[1e-4]]), rms, script.Args(norm_obs="step"))
     assert normalized.item() == pytest.approx(0.5, rel=1e-6)  # 1e-4 / sqrt(3e-8 + 1e-8)
 
 
-@each_continuous
+@each_recorded
 def test_detail_29_observation_clipping(script, traces):
-    assert script.Args().clip_obs == 10.0
+    assert script.Args().clip_obs == 10.0 or script not in CONTINUOUS
     trace = traces(script, clip_obs=0.7)
     normalized = direct_normalized(trace.recorded("obs"))[:-1]
     stored = np.concatenate([trace.batch(i).obs.numpy() for i in range(3)])
@@ -733,9 +758,9 @@ def test_detail_29_observation_clipping(script, traces):
         np.testing.assert_allclose(script.normalize_obs(obs, rms, script.Args(clip_obs=clip_obs)), expected, rtol=1e-6)
 
 
-@each_continuous
+@each_recorded
 def test_detail_30_rewards_over_the_deviation_of_the_discounted_return(script, traces):
-    assert script.Args().norm_reward
+    assert script.Args().norm_reward or script not in CONTINUOUS
     for gamma in (0.99, 0.5):
         trace = traces(script, gamma=gamma, clip_reward=math.inf)
         rewards, resets = trace.recorded("reward")[1:], trace.recorded("is_reset")[1:]
@@ -749,7 +774,7 @@ def test_detail_30_rewards_over_the_deviation_of_the_discounted_return(script, t
     np.testing.assert_array_equal(learned, trace.recorded("reward")[1:].astype(np.float32))
 
 
-@each_continuous
+@each_recorded
 def test_detail_30_epsilon_and_no_mean(script):
     rms = script.RunningMeanStd(())
     rms.mean, rms.m2, rms.count = np.array(0.0), 1.5e12 * 1e-8, 1e12  # variance 1.5e-8, which one more step leaves
@@ -762,9 +787,9 @@ def test_detail_30_epsilon_and_no_mean(script):
     assert running.item() == 0
 
 
-@each_continuous
+@each_recorded
 def test_detail_31_reward_clipping(script, traces):
-    assert script.Args().clip_reward == 10.0
+    assert script.Args().clip_reward == 10.0 or script not in CONTINUOUS
     trace = traces(script, clip_reward=0.5)
     rewards, resets = trace.recorded("reward")[1:], trace.recorded("is_reset")[1:]
     ends = (trace.recorded("terminated") | trace.recorded("truncated"))[1:]
@@ -779,7 +804,7 @@ def test_detail_31_reward_clipping(script, traces):
     assert (learned == 10).any()
 
 
-@each_continuous
+@each_recorded
 def test_aux_anneal_clip(script, traces):
     assert not script.Args().anneal_clip
     trace = traces(script, anneal_clip=True)
@@ -791,7 +816,7 @@ def test_aux_anneal_clip(script, traces):
     assert used == pytest.approx([0.2] * 3 * UPDATES)
 
 
-@each_continuous
+@each_recorded
 def test_aux_target_kl(script, traces):
     assert script.Args().target_kl is None
     free = traces(script)
@@ -810,7 +835,7 @@ def test_aux_target_kl(script, traces):
     assert traces(script, target_kl=float(targets[1])).metrics[0]["charts/epochs"] > 1
 
 
-@each_continuous
+@each_recorded
 def test_ours_bootstrap_truncated(script, traces):
     assert script.Args().bootstrap_truncated
     for flag in (True, False):
@@ -839,7 +864,7 @@ def test_ours_bootstrap_truncated_from_the_true_final_observation(script, traces
             assert rollout.values[t + 1, i].item() == pytest.approx(agent.critic(final[None]).item(), rel=1e-4)
 
 
-@each_continuous
+@each_recorded
 def test_ours_mask_resets(script, traces):
     assert script.Args().mask_resets
     trace = traces(script)
@@ -852,7 +877,7 @@ def test_ours_mask_resets(script, traces):
     assert all((trace.batch(iteration).valid == 1).all() for iteration in range(3))
 
 
-@each_continuous
+@each_recorded
 def test_ours_mask_resets_in_episodes_and_reward_statistics(script, traces):
     trace = traces(script)
     expected = []
@@ -872,7 +897,7 @@ def test_ours_mask_resets_in_episodes_and_reward_statistics(script, traces):
     assert counted == pytest.approx(1e-4 + (~trace.recorded("is_reset")[1:]).sum(), rel=1e-12)
 
 
-@each_continuous
+@each_recorded
 def test_ours_checkpoint_every_starts_environments_afresh(script, traces):
     trace = traces(script, checkpoint_every=1, **PLAIN | {"norm_reward": True})
     assert len(trace.groups) == 3
