@@ -523,7 +523,7 @@ class Agent(nn.Module):
 
     def initial_state(self, n: int) -> torch.Tensor:
         """State of n environments: (n, trunks, 2, H), not read without an LSTM."""
-        return torch.zeros(n, len(self.trunks), 2, LSTM_SIZE, device=self.actor.weight.device)  # [detail 33]
+        return torch.zeros(n, len(self.trunks), 2, LSTM_SIZE, device=next(self.parameters()).device)  # [detail 33]
 
     def features(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """obs (T * n, obs_dim), first (T * n,), state (n, trunks, 2, H) -> inputs of actor and critic, state after."""
