@@ -323,7 +323,7 @@ def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Mod
 
 
 class Agent(nn.Module):
-    """Policy and value function as two heads of one Nature-CNN (Mnih et al. 2015). [detail 21]"""
+    """Policy and value function as two heads of one Nature-CNN (Mnih et al. 2015)."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         gain = math.sqrt(2)
-        self.trunk = nn.Sequential(
+        self.trunk = nn.Sequential(  # [detail 21]
             layer_init(nn.Conv2d(stack_num, 32, 8, stride=4), gain, weight_init),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2), gain, weight_init),

@@ -138,6 +138,12 @@ def test_resume_keeps_schedule_and_settings(command_line):
     assert len(read_jsonl("run/metrics.jsonl")) == 5
 
 
+def test_resume_reads_the_other_flags_with_the_saved_settings(command_line):
+    train(tiny_args())  # 4 iterations of 64 steps, where the defaults would need 2048
+    assert command_line("--resume", "run", "--total-timesteps", 6 * 64)[0] == 0
+    assert [record["iteration"] for record in read_metrics("run")[1:]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_evaluation_has_frozen_statistics_and_repeats_itself():
     train(tiny_args(env="Hopper", num_steps=64, total_timesteps=3 * 128))
     before = Path("run/checkpoint.pt").read_bytes()
