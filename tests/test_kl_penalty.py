@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_penalty_is_subtracted_over_valid_steps_only():
     logprob, entropy, value, old_logprob, old_value, advantage, return_, kl = torch.randn(8, 6, generator=generator)
     valid = torch.tensor([1.0, 1, 0, 1, 1, 0])
     arguments = (logprob, entropy, value, old_logprob, old_value, advantage, return_, valid)
-    coefficients = {"vf_coef": 0.5, "ent_coef": 0.01, "clip_vloss": True}
+    coefficients: dict[str, Any] = {"vf_coef": 0.5, "ent_coef": 0.01, "clip_vloss": True}
     for clip in (False, True):
         base, info = ppo_continuous.ppo_loss(*arguments, torch.tensor(0.2), clip_policy=clip, **coefficients)
         ours, our_info = ppo_loss(*arguments, kl, torch.tensor(0.2), torch.tensor(3.0), clip_policy=clip, **coefficients)
