@@ -234,8 +234,8 @@ def test_detail_22_pixels_are_divided_by_255_in_the_network():
     unscaled.load_state_dict(agent.state_dict())
     obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(agent.hidden(obs), agent.trunk(obs.float() / 255))
-        torch.testing.assert_close(unscaled.hidden(obs), unscaled.trunk(obs.float()))
+        torch.testing.assert_close(agent.hidden(obs), agent.trunk(obs.float() / 255), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(unscaled.hidden(obs), unscaled.trunk(obs.float()), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("scheme", ["normc", "torch"])
