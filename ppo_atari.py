@@ -5,8 +5,6 @@
     torchrun --nproc-per-node 2 ppo_atari.py --env Breakout --num-envs 4            # data parallel
     python ppo_atari.py --evaluate runs/NAME --capture-video
 
-RESULT_LINE
-
 5.5 ms of one AVX2 core per step, 180 steps/s: update 76%, environment 14%, policy 10%. The path for a GPU (CUDA graphs,
 pinned copies) is written but untested: none was at hand.
 """

@@ -93,7 +93,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the evaluation that ends a run; 0: none"""
     eval_deterministic: bool = True
-    """evaluate the mean action; off: sampled actions"""
+    """evaluate the likeliest action; off: sampled actions"""
     capture_video: bool = False
     """record the first evaluation episode as evaluation.gif in the run directory"""
     track: bool = False
@@ -915,7 +915,7 @@ def main():
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]
             print(
-                f"evaluation, {'mean' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
+                f"evaluation, {'likeliest' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
                 f"+- {np.std(returns):.1f}, length {np.mean(lengths):.0f} over {len(returns)} episodes"
             )
         print(f"run directory: {args.run_dir}")

@@ -1,10 +1,8 @@
 """Proximal Policy Optimization (Schulman et al. 2017): KL penalty instead of clipping (section 4), for MuJoCo.
 
-    python ppo_kl_penalty.py --env HalfCheetah
-    python ppo_kl_penalty.py --env Hopper --no-adaptive-kl --kl-coef 3
-    python ppo_kl_penalty.py --evaluate runs/NAME --capture-video
-
-RESULT_LINE
+python ppo_kl_penalty.py --env HalfCheetah
+python ppo_kl_penalty.py --env Hopper --no-adaptive-kl --kl-coef 3
+python ppo_kl_penalty.py --evaluate runs/NAME --capture-video
 """
 
 # /// script
@@ -93,7 +91,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the evaluation that ends a run; 0: none"""
     eval_deterministic: bool = True
-    """evaluate the mean action; off: sampled actions"""
+    """evaluate the likeliest action; off: sampled actions"""
     capture_video: bool = False
     """record the first evaluation episode as evaluation.gif in the run directory"""
     track: bool = False
@@ -953,7 +951,7 @@ def main():
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]
             print(
-                f"evaluation, {'mean' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
+                f"evaluation, {'likeliest' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
                 f"+- {np.std(returns):.1f}, length {np.mean(lengths):.0f} over {len(returns)} episodes"
             )
         print(f"run directory: {args.run_dir}")

@@ -1,10 +1,8 @@
 """Proximal Policy Optimization (Schulman et al. 2017): one trunk for policy and value (eq. 9), discrete actions, LSTM.
 
-    python ppo_shared_params.py --env CartPole-v1
-    python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2 --num-envs 16
-    python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step --norm-reward --num-envs 16
-
-RESULT_LINE
+python ppo_shared_params.py --env CartPole-v1
+python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2 --num-envs 16
+python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step --norm-reward --num-envs 16
 """
 
 # /// script
@@ -95,7 +93,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the evaluation that ends a run; 0: none"""
     eval_deterministic: bool = True
-    """evaluate the mean action; off: sampled actions"""
+    """evaluate the likeliest action; off: sampled actions"""
     capture_video: bool = False
     """record the first evaluation episode as evaluation.gif in the run directory"""
     track: bool = False
@@ -432,7 +430,7 @@ def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Mod
 
 
 class LSTMSteps(torch.autograd.Function):
-    """T steps of an LSTM layer with the gradient written out: a quarter of the time that autograd takes step by step.
+    """T steps of an LSTM layer with the gradient written out, for speed (autograd agrees with it).
 
     inputs (T, n, 4H): W_x x + b for the gates i, f, g, o; weight W_h (4H, H); keep (T, n, 1): 0 at the first step of an
     episode; state (n, 2, H): h and c before. Each step: a = inputs + W_h h, c = sigmoid(a_f) c + sigmoid(a_i) tanh(a_g),
@@ -1110,7 +1108,7 @@ def main():
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]
             print(
-                f"evaluation, {'mean' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
+                f"evaluation, {'likeliest' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
                 f"+- {np.std(returns):.1f}, length {np.mean(lengths):.0f} over {len(returns)} episodes"
             )
         print(f"run directory: {args.run_dir}")

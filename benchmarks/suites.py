@@ -28,7 +28,7 @@ AS_PRINTED: dict[str, Any] = {
     "anneal_lr": False,
     "norm_adv": "batch",
     "norm_obs": "none",
-    "clip_obs": "inf",
+    "clip_obs": 5.0,  # the code of the time did, and so did the prototypes that show the collapse
     "norm_reward": False,
     "clip_reward": "inf",
     "max_grad_norm": "inf",

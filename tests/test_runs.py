@@ -193,7 +193,7 @@ def test_evaluate_command_writes_a_gif(command_line):
     before = Path("run/checkpoint.pt").read_bytes()
     code, out, _ = command_line("--evaluate", "run", "--capture-video", "--eval-episodes", 2)
     assert code == 0
-    assert "evaluation, mean actions: return" in out
+    assert "evaluation, likeliest actions: return" in out
     with Image.open("run/evaluation.gif") as gif:
         assert gif.size == (64, 32)
         assert len(list(ImageSequence.Iterator(gif))) == 4  # every second of 8 steps
@@ -237,7 +237,7 @@ def test_renamed_copy_alone_in_an_empty_directory():
     ]
     assert read_jsonl(run_dir / "metrics.jsonl")[0]["script"] == "my_experiment.py"
     assert f"run directory: {run_dir}" in done.stdout
-    assert "evaluation, mean actions" in done.stdout
+    assert "evaluation, likeliest actions" in done.stdout
     assert done.stdout.startswith("InvertedPendulum, seed 1: return ")
 
 
