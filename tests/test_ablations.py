@@ -189,11 +189,12 @@ def cases():
                 yield pytest.param(name, switch, value, LONGER if slow else {}, id=f"{name}-{switch}-{value}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "switch", "value", "longer"), cases())
+@pytest.mark.parametrize(("name", "switch", "value", "longer"), list(cases()))
 def test_switch_changes_what_is_learned(reference, tmp_path, name, switch, value, longer):
-    assert getattr(SCRIPTS[name].Args(), switch) != value
+    flags = HOT | OF_SCRIPT[name] | longer
+    assert getattr(SCRIPTS[name].Args(**flags), switch) != value
     before = reference(name, **longer)
-    after = run(name, tmp_path / "run", **HOT | OF_SCRIPT[name] | longer | {switch: value})["theta"]
+    after = run(name, tmp_path / "run", **flags | {switch: value})["theta"]
     assert torch.isfinite(after).all()
     assert before.shape != after.shape or (before - after).norm() > 1e-6 * before.norm()
 
