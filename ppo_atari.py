@@ -1,8 +1,8 @@
-"""Proximal Policy Optimization (Schulman et al. 2017): clipped objective, one Nature-CNN for policy and value, for Atari.
+"""PPO (Schulman et al. 2017): clipped objective, one Nature-CNN for policy and value, for Atari.
 
     python ppo_atari.py --env Breakout
-    python ppo_atari.py --env Pong --update-epochs 3 --anneal-clip --vf-coef 2      # Table 5 of the paper
-    torchrun --nproc-per-node 2 ppo_atari.py --env Breakout --num-envs 4            # data parallel
+    python ppo_atari.py --env Pong --update-epochs 3 --anneal-clip --vf-coef 2  # Table 5
+    torchrun --nproc-per-node 2 ppo_atari.py --env Breakout --num-envs 4        # data parallel
     python ppo_atari.py --evaluate runs/NAME --capture-video
 
 5.5 ms of one AVX2 core per step, 180 steps/s: update 76%, environment 14%, policy 10%. The path for a GPU (CUDA graphs,

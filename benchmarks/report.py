@@ -132,8 +132,11 @@ def table_base(results: Results) -> str:
 
 def table_published(results: Results) -> str:
     reference = results.csv("figure3.csv")
-    head = ["task", "ours, v4", *list(reference[0])[1:]]
-    rows = [[row["task"], results.cell("base", "default", row["task"]), *list(row.values())[1:]] for row in reference]
+    head = ["task", "ours, v4", "Stable-Baselines3, same settings, v4", *list(reference[0])[1:]]
+    rows = []
+    for row in reference:
+        task, *published = row.values()
+        rows.append([task, results.cell("base", "default", task), results.cell("peer", "SB3 PPO", task), *published])
     return markdown(head, rows)
 
 
@@ -268,6 +271,57 @@ def table_games_won(results: Results) -> str:
     human = with_interval(stats.normalize(matrix, low, high), stats.median) if len(matrix) else ""
     rows.append(["ours against the paper's A2C and ACER", *ours, str(len(games)) if games else "", human])
     return markdown(head, rows)
+
+
+KL_SETTING = "adaptive KL 0.01"
+
+
+def table_kl_penalty(results: Results) -> str:
+    """Clipping beside the adaptive penalty, and how far the measured KL of an update is from its target."""
+    rows = []
+    for env in suites.MUJOCO:
+        clip, penalty = results.scores("base", "default", env), results.scores("table1-details", KL_SETTING, env)
+        if not len(clip) or not len(penalty):
+            rows.append([f"{env}-v4", results.cell("base", "default", env), "", "", "", ""])
+            continue
+        group = results.runs["table1-details", KL_SETTING, env]
+        late = [x for r in group.values() for x in late_kl(r) if x is not None]
+        inside = np.mean([1 / 3 <= x / 0.01 <= 3 for x in late])
+        rows.append([
+            f"{env}-v4", with_interval(clip), with_interval(penalty), f"{penalty.mean() / clip.mean():.0%}",
+            f"{np.median(late):.4f}", f"{inside:.1%}",
+        ])  # fmt: skip
+    head = [
+        "task",
+        "clipping (suite base)",
+        KL_SETTING,
+        "penalty / clipping",
+        "median KL",
+        "within a factor of 3 of its target",
+    ]
+    return markdown(head, rows)
+
+
+def late_kl(result: dict) -> list[float | None]:
+    """Measured KL after the first tenth of training, means of hundredths of the run."""
+    return result["curve"]["kl"][len(result["curve"]["kl"]) // 10 :]
+
+
+def table_discrete(results: Results) -> str:
+    rows = []
+    for setting, (env, flags, _) in suites.DISCRETE.items():
+        group = results.runs.get(("discrete", setting, env), {})
+        given = " ".join(x for k, v in flags.items() if k != "total_timesteps" for x in suites.option(k, v))
+        if not group:
+            rows.append([setting, env, "", "", "", "", given])
+            continue
+        rows.append([
+            setting, env, with_interval(results.scores("discrete", setting, env)),
+            with_interval(results.scores("discrete", setting, env, "return_over_training")), seeds_text(list(group)),
+            f"{next(iter(group.values()))['final']['global_step']:,}", given,
+        ])  # fmt: skip
+    head = ["setting", "task", "return, last 100 episodes", "return, all episodes", "seeds", "steps", "flags"]
+    return markdown(head, rows) + results.footer("discrete")
 
 
 def table_random(results: Results) -> str:
@@ -431,9 +485,40 @@ def draw_details(data: dict, plt):
     return figure
 
 
+def kl_data(results: Results) -> dict:
+    """env -> seed -> steps and measured KL, of all tasks that were run."""
+    data: dict = {}
+    for env in suites.MUJOCO:
+        for seed, result in sorted(results.runs.get(("table1-details", KL_SETTING, env), {}).items()):
+            curve = result["curve"]
+            points = [(step, kl) for step, kl in zip(curve["global_step"], curve["kl"], strict=True) if kl is not None]
+            data.setdefault(env, {})[str(seed)] = points
+    return data
+
+
+def draw_kl(data: dict, plt):
+    figure, axes = plt.subplots(1, len(data), figsize=(max(2.9 * len(data), 4), 2.7), squeeze=False, sharey=True)
+    for axis, (env, by_seed) in zip(axes.flat, data.items(), strict=True):
+        axis.axhspan(0.01 / 3, 0.03, color="#dddddd", lw=0, label="factor 3 around the target")
+        axis.axhline(0.01, color="black", lw=0.8, ls=":")
+        for (seed, points), (color, line, _, _) in zip(by_seed.items(), STYLES * 9, strict=False):
+            steps, kls = zip(*points, strict=True)
+            axis.plot(np.array(steps) / 1e6, kls, line, color=color, lw=1.1, label=f"seed {seed}")
+        axis.axvline(max(step for points in by_seed.values() for step, _ in points) / 1e7, color="black", lw=0.6, ls="--")
+        axis.set_yscale("log")
+        axis.set_title(env, fontsize=9)
+        axis.set_xlabel("million steps", fontsize=7)
+        axis.tick_params(labelsize=7)
+    axes.flat[0].set_ylabel("KL of one update", fontsize=8)
+    axes.flat[-1].legend(fontsize=7, frameon=False, loc="lower left")
+    figure.tight_layout()
+    return figure
+
+
 PLOTS: dict[str, tuple[str, Callable, Callable]] = {
     "curves": ("Learning curves of PPO, TRPO and A2C", lambda r: curves_data(r, ALGORITHMS, suites.MUJOCO), draw_curves),
     "table1": ("Table 1 of the paper beside ours", table1_data, draw_table1),
+    "kl": ("Measured KL of the adaptive penalty", kl_data, draw_kl),
     "details": ("Effect of each detail", details_data, draw_details),
     "atari": (
         "Learning curves on Atari",
@@ -476,6 +561,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "second_hand": table_second_hand,
     "table1": table_table1,
     "table1_details": table_table1_details,
+    "kl_penalty": table_kl_penalty,
+    "discrete": table_discrete,
     "details": table_details,
     "table6": table_table6,
     "games_won": table_games_won,

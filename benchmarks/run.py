@@ -64,7 +64,7 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     """The three records of a result file, from the logs of a finished run: header, final scores, thinned curve.
 
     The curve is the mean return of the last 100 episodes that had ended by each of 100 evenly spaced steps; None before
-    the first.
+    the first. Runs with a KL penalty also keep their measured KL.
     """
     try:
         header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
@@ -82,12 +82,19 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     total_seconds = sum(a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a)
     curve: dict[str, list] = {"global_step": [], "return": []}
     ended = 0
+    penalized = bool(iterations) and "losses/kl" in iterations[0]  # ppo_kl_penalty.py: the exact KL of each update
+    if penalized:
+        curve["kl"] = []
     for k in range(1, CURVE_POINTS + 1):
         step = last_step * k // CURVE_POINTS
         while ended < len(steps) and steps[ended] <= step:
             ended += 1
         curve["global_step"].append(step)
         curve["return"].append(round(stats.last_100(returns[:ended]), 4) if ended else None)
+        if penalized:  # mean over the updates since the last point
+            since = last_step * (k - 1) // CURVE_POINTS
+            kls = [r["losses/kl"] for r in iterations if since < r["global_step"] <= step]
+            curve["kl"].append(round(statistics.fmean(kls), 6) if kls else None)
     local = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"}
     return [
         {
@@ -593,7 +600,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", help="GPUs to hand out in turn, such as 0,1; --jobs says how many runs share them")
     parser.add_argument("--runs-per-gpu", type=int, default=1, help="with --ray and --gpus: runs that share a GPU")
     parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: local, auto, or an address")
-    parser.add_argument("--peer-python", help="Python with Stable-Baselines3 and sb3-contrib, for figure3")
+    parser.add_argument("--peer-python", help="Python with Stable-Baselines3 and sb3-contrib, for figure3 and peer")
     parser.add_argument("--name", help="sweep: name of its results; default: sweep_<script>")
     parser.add_argument("--suite", dest="collect_suite", help="collect: suite of the results")
     parser.add_argument("--setting", default="default", help="collect: setting of the results")

@@ -20,7 +20,15 @@ ATARI = (  # the 49 games of Table 6
 SEEDS = (1, 2, 3)
 
 # Steps per second on one core of a 2-core server, for the expected time of a plan where no result says better.
-RATES = {"ppo_continuous": 3000, "ppo_kl_penalty": 3000, "ppo_shared_params": 10000, "ppo_atari": 600, "trpo": 1500, "a2c": 900}
+RATES = {
+    "ppo_continuous": 3000,
+    "ppo_kl_penalty": 3000,
+    "ppo_shared_params": 10000,
+    "ppo_atari": 600,
+    "trpo": 1500,
+    "a2c": 900,
+    "ppo": 700,
+}
 
 # The configuration that the paper prints (Table 3 names no normalization, no clipping of gradients and a plain 3e-4).
 AS_PRINTED: dict[str, Any] = {
@@ -77,6 +85,31 @@ DETAILS: dict[str, dict[str, Any]] = {
 }
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 
+FIVE = (1, 2, 3, 4, 5)
+LUNAR: dict[str, Any] = {"total_timesteps": 2_000_000, "num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999}
+LUNAR |= {"gae_lambda": 0.98}
+BIPEDAL: dict[str, Any] = {
+    "total_timesteps": 2_000_000,
+    "discretize_actions": 7,
+    "num_envs": 16,
+    "num_steps": 256,
+    "num_minibatches": 32,
+}
+BIPEDAL |= {"update_epochs": 10, "norm_obs": "step", "norm_reward": True, "ent_coef": 0.0, "learning_rate": 3e-4}
+HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
+# ppo_shared_params.py: setting -> task, flags beyond the defaults, seeds.
+DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    f"{networks}, c1 {vf_coef}": ("CartPole-v1", {"share_params": networks == "shared", "vf_coef": vf_coef}, FIVE)
+    for networks in ("shared", "separate")
+    for vf_coef in (0.125, 0.5, 2.0)
+} | {
+    "Acrobot": ("Acrobot-v1", {}, SEEDS),
+    "LunarLander": ("LunarLander-v3", LUNAR, SEEDS),
+    "BipedalWalker, 7 bins": ("BipedalWalker-v3", BIPEDAL, SEEDS),
+    "no velocities, LSTM": ("CartPole-v1", HIDDEN | {"lstm": True}, SEEDS),
+    "no velocities": ("CartPole-v1", HIDDEN, SEEDS),
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,11 +141,11 @@ def slug(text: str) -> str:
 
 
 def option(name: str, value: Any) -> list[str]:
-    """A flag and its value: clip_coef, 0.1 -> --clip-coef 0.1; anneal_lr, False -> --no-anneal-lr."""
+    """A flag and its value: clip_coef, 0.1 -> --clip-coef 0.1; anneal_lr, False -> --no-anneal-lr; observe, [0, 2]."""
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{dashed}" if value else f"--no-{dashed}"]
-    return [f"--{dashed}", str(value)]
+    return [f"--{dashed}", *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
 def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seeds) -> list[Run]:
@@ -139,6 +172,15 @@ def make_suite(name: str) -> list[Run]:
             name, settings, [e for e in MUJOCO if e not in SECOND_HAND], SEEDS
         )
         return base + own
+    if name == "peer":  # Stable-Baselines3 with the settings of the suite base
+        return grid(name, {"SB3 PPO": ("benchmarks/baselines.py", {"algorithm": "ppo"})}, MUJOCO, SEEDS)
+    if name == "discrete":
+        runs = [
+            Run(name, setting, "ppo_shared_params.py", env, seed, flags)
+            for setting, (env, flags, seeds) in DISCRETE.items()
+            for seed in seeds
+        ]
+        return sorted(runs, key=lambda run: run.seed)
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":
@@ -146,7 +188,7 @@ def make_suite(name: str) -> list[Run]:
     raise ValueError(name)
 
 
-SUITES = ("base", "table1", "table1-details", "figure3", "table6", "details")
+SUITES = ("base", "table1", "table1-details", "figure3", "peer", "discrete", "table6", "details")
 
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
