@@ -1,8 +1,8 @@
 """PPO (Schulman et al. 2017): one trunk for policy and value (eq. 9), discrete actions, LSTM.
 
-    python ppo_shared_params.py --env CartPole-v1
-    python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2 --num-envs 16
-    python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
+python ppo_shared_params.py --env CartPole-v1
+python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2 --num-envs 16
+python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
 """
 
 # /// script

@@ -2,11 +2,13 @@
 
     python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python
     python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
+    python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python ../peers/bin/python
 
-Contestants: the script with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up and compilation out);
-the same environments stepped with random actions, by envs.step and by the script's faster make_step; Stable-Baselines3 with
-the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise (--sbx-python). Run it
-on a quiet machine.
+Contestants for MuJoCo: ppo_continuous.py with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up
+and compilation out); the same environments stepped with random actions, by envs.step and by the script's faster make_step;
+Stable-Baselines3 with the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise
+(--sbx-python). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch instead of four (the
+difference is what three epochs cost), its environments alone, and Stable-Baselines3. Run it on a quiet machine.
 """
 
 import argparse
@@ -22,21 +24,64 @@ import tempfile
 import time
 from pathlib import Path
 
+import suites
+
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 2048  # environment steps of a rollout, however many environments share it
+BATCH = 2048  # environment steps of a rollout on MuJoCo, however many environments share it
+ATARI_BATCH = 1024
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements: each prints {"sps", "versions"} as its last line. Peers are imported only here, by their own Python.
 
 
-def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
-    """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
-    spec = importlib.util.spec_from_file_location("ppo_continuous", ROOT / "ppo_continuous.py")
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
+    return script
+
+
+def measure_game(env: str, num_envs: int, steps: int, threads: int) -> dict:
+    """The Atari environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
+    script = load_script("ppo_atari")
+    envs, _ = script.make_envs(script.Args(env=env, num_threads=threads), script.make_seeds(1, 0, num_envs))
+    count = max(steps, 20_000) // num_envs
+    actions = script.np.random.default_rng(0).integers(envs.single_action_space.n, size=(count, num_envs), dtype="int32")
+    start = time.perf_counter()
+    for t in range(count):
+        envs.step(actions[t])
+    return {"sps": count * num_envs / (time.perf_counter() - start), "versions": {"envpool": script.envpool.__version__}}
+
+
+def measure_game_peer(env: str, num_envs: int, steps: int, threads: int) -> dict:
+    """PPO of Stable-Baselines3 on ale-py: one rollout with its update first, then the clock."""
+    import ale_py
+    import gymnasium
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    gymnasium.register_envs(ale_py)
+    torch.set_num_threads(threads)
+    envs = VecFrameStack(make_atari_env(f"{env}NoFrameskip-v4", num_envs, seed=1), 4)
+    own = {"n_steps": ATARI_BATCH // num_envs, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
+    model = stable_baselines3.PPO("CnnPolicy", envs, seed=1, device="cpu", ent_coef=0.01, clip_range_vf=0.1, **own)
+    model.learn(ATARI_BATCH)
+    rollouts = max(steps // ATARI_BATCH, 1)
+    start = time.perf_counter()
+    model.learn(ATARI_BATCH * rollouts)
+    modules = (stable_baselines3, ale_py, gymnasium, torch)
+    versions = {module.__name__: module.__version__ for module in modules}
+    return {"sps": ATARI_BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
+
+
+def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
+    """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
+    script = load_script("ppo_continuous")
     envs, _ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
     space = envs.single_action_space
     rng = script.np.random.default_rng(0)
@@ -83,25 +128,38 @@ def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int
     return {"sps": BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
 
 
-def measure_script(env: str, num_envs: int, steps: int, threads: int, compiled: bool) -> dict:
+def measure_script(script: str, batch: int, env: str, num_envs: int, steps: int, threads: int, flags: tuple[str, ...]) -> dict:
     """SPS that the script itself logs, from the end of its first iteration on."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "ppo_continuous.py"), "--env", env, "--run-dir", f"{folder}/run"]
-        command += ["--num-envs", str(num_envs), "--num-steps", str(BATCH // num_envs), "--eval-episodes", "0"]
-        command += ["--total-timesteps", str(BATCH * (max(steps // BATCH, 1) + 1)), "--num-threads", str(threads)]
-        command += ["--compile" if compiled else "--no-compile"]
+        command = [sys.executable, str(ROOT / script), "--env", env, "--run-dir", f"{folder}/run", "--device", "cpu"]
+        command += ["--num-envs", str(num_envs), "--num-steps", str(batch // num_envs), "--eval-episodes", "0", *flags]
+        command += ["--total-timesteps", str(batch * (max(steps // batch, 1) + 1)), "--num-threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"ppo_continuous.py failed: {done.stderr.strip().splitlines()[-1]}")
+            raise SystemExit(f"{script} failed: {done.stderr.strip().splitlines()[-1]}")
         header, first, *_, last = (json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines())
     measured = last["global_step"] - first["global_step"]
     sps = measured / (last["charts/seconds"] - first["charts/seconds"])
     return {"sps": sps, "first_iteration_seconds": first["charts/seconds"], "versions": header["versions"]}
 
 
+FLAGS = {
+    "compiled": ("--compile",),
+    "eager": ("--no-compile",),
+    "one epoch": ("--update-epochs", "1"),
+    "bfloat16": ("--precision", "bfloat16"),
+}
+
+
 def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
-    if what in ("compiled", "eager"):
-        return measure_script(env, num_envs, steps, threads, what == "compiled")
+    if env in suites.ATARI:
+        if what == "envs.step":
+            return measure_game(env, num_envs, steps, threads)
+        if what == "sb3":
+            return measure_game_peer(env, num_envs, steps, threads)
+        return measure_script("ppo_atari.py", ATARI_BATCH, env, num_envs, steps, threads, FLAGS[what])
+    if what in FLAGS:
+        return measure_script("ppo_continuous.py", BATCH, env, num_envs, steps, threads, FLAGS[what])
     if what in ("make_step", "envs.step"):
         return measure_environment(env, num_envs, steps, what == "make_step")
     return measure_peer(what, env, num_envs, steps, threads)
@@ -110,9 +168,18 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def contestants(peer_python: str | None, sbx_python: str | None) -> dict[str, tuple[str, int, str]]:
+def contestants(env: str, peer_python: str | None, sbx_python: str | None) -> dict[str, tuple[str, int, str]]:
     """Name -> what is measured, number of environments, Python that measures it."""
     found: dict[str, tuple[str, int, str]] = {}
+    if env in suites.ATARI:
+        found["ours, 8 envs"] = ("compiled", 8, sys.executable)
+        found["ours, eager, 8 envs"] = ("eager", 8, sys.executable)
+        found["ours, bfloat16, 8 envs"] = ("bfloat16", 8, sys.executable)
+        found["ours, 1 epoch, 8 envs"] = ("one epoch", 8, sys.executable)
+        found["environment only, 8 envs"] = ("envs.step", 8, sys.executable)
+        if peer_python:
+            found["Stable-Baselines3, 8 envs"] = ("sb3", 8, peer_python)
+        return found
     for n in (1, 8):
         envs = f"{n} env{'s' if n > 1 else ''}"
         found[f"ours, {envs}"] = ("compiled", n, sys.executable)
@@ -161,7 +228,7 @@ def main() -> int:
         what, num_envs = options.measure
         print(json.dumps(measure(what, options.env, int(num_envs), options.steps, options.threads)))
         return 0
-    chosen = contestants(options.peer_python, options.sbx_python)
+    chosen = contestants(options.env, options.peer_python, options.sbx_python)
     names = options.contestant or list(chosen)
     unknown = [name for name in names if name not in chosen]
     if unknown or options.rounds < 1 or options.steps < BATCH:
