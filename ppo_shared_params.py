@@ -754,6 +754,8 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     Returns {"returns": [...], "lengths": [...]}: raw rewards summed, steps. With args.capture_video the first episode
     goes to args.run_dir/evaluation.gif.
     """
+    drawing = ", drawing the first" if args.capture_video else ""
+    tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
     rng = np.random.default_rng([args.seed, 2**31])  # apart from all that training draws
     seeds = rng.integers(2**31, size=args.eval_episodes).tolist()
     envs, raw_obs, info = make_envs(args.env, seeds, args.num_threads, render=args.capture_video)
