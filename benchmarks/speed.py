@@ -8,7 +8,8 @@ Contestants for MuJoCo: ppo_continuous.py with 1 and 8 environments, compiled an
 and compilation out); the same environments stepped with random actions, by envs.step and by the script's faster make_step;
 Stable-Baselines3 with the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise
 (--sbx-python). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch instead of four (the
-difference is what three epochs cost), its environments alone, and Stable-Baselines3. Run it on a quiet machine.
+difference is what three epochs cost), its environments alone, and Stable-Baselines3. For CartPole-v1: ppo_shared_params.py
+with 4 and 64 environments of 128 steps, with an LSTM, and Stable-Baselines3. Run it on a quiet machine.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import suites
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 2048  # environment steps of a rollout on MuJoCo, however many environments share it
 ATARI_BATCH = 1024
+CARTPOLE_STEPS = 128  # of each environment
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements: each prints {"sps", "versions"} as its last line. Peers are imported only here, by their own Python.
@@ -77,6 +79,27 @@ def measure_game_peer(env: str, num_envs: int, steps: int, threads: int) -> dict
     modules = (stable_baselines3, ale_py, gymnasium, torch)
     versions = {module.__name__: module.__version__ for module in modules}
     return {"sps": ATARI_BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
+
+
+def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> dict:
+    """PPO of Stable-Baselines3 with the defaults of ppo_shared_params.py (its networks are separate)."""
+    import gymnasium
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(threads)
+    batch = CARTPOLE_STEPS * num_envs
+    own = {"n_steps": CARTPOLE_STEPS, "batch_size": batch // 4, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
+    model = stable_baselines3.PPO(
+        "MlpPolicy", make_vec_env(env, num_envs, seed=1), seed=1, device="cpu", clip_range_vf=0.2, **own
+    )
+    model.learn(batch)
+    rollouts = max(steps // batch, 1)
+    start = time.perf_counter()
+    model.learn(batch * rollouts)
+    versions = {module.__name__: module.__version__ for module in (stable_baselines3, gymnasium, torch)}
+    return {"sps": batch * rollouts / (time.perf_counter() - start), "versions": versions}
 
 
 def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
@@ -148,6 +171,7 @@ FLAGS = {
     "eager": ("--no-compile",),
     "one epoch": ("--update-epochs", "1"),
     "bfloat16": ("--precision", "bfloat16"),
+    "lstm": ("--lstm",),
 }
 
 
@@ -158,6 +182,13 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dic
         if what == "sb3":
             return measure_game_peer(env, num_envs, steps, threads)
         return measure_script("ppo_atari.py", ATARI_BATCH, env, num_envs, steps, threads, FLAGS[what])
+    if env == "CartPole-v1":
+        if what == "sb3":
+            return measure_cartpole_peer(env, num_envs, steps, threads)
+        batch = CARTPOLE_STEPS * num_envs
+        return measure_script("ppo_shared_params.py", batch, env, num_envs, steps, threads, FLAGS[what])
+    if what == "penalty":
+        return measure_script("ppo_kl_penalty.py", BATCH, env, num_envs, steps, threads, ())
     if what in FLAGS:
         return measure_script("ppo_continuous.py", BATCH, env, num_envs, steps, threads, FLAGS[what])
     if what in ("make_step", "envs.step"):
@@ -180,9 +211,18 @@ def contestants(env: str, peer_python: str | None, sbx_python: str | None) -> di
         if peer_python:
             found["Stable-Baselines3, 8 envs"] = ("sb3", 8, peer_python)
         return found
+    if env == "CartPole-v1":
+        found["shared, 4 envs"] = ("compiled", 4, sys.executable)
+        if peer_python:
+            found["Stable-Baselines3, 4 envs"] = ("sb3", 4, peer_python)
+        found["shared, LSTM, 4 envs"] = ("lstm", 4, sys.executable)
+        found["shared, 64 envs"] = ("compiled", 64, sys.executable)
+        found["shared, LSTM, 64 envs"] = ("lstm", 64, sys.executable)
+        return found
     for n in (1, 8):
         envs = f"{n} env{'s' if n > 1 else ''}"
         found[f"ours, {envs}"] = ("compiled", n, sys.executable)
+        found[f"KL penalty, {envs}"] = ("penalty", n, sys.executable)
         found[f"ours, eager, {envs}"] = ("eager", n, sys.executable)
         found[f"environment only, {envs}"] = ("make_step", n, sys.executable)
         found[f"environment only by envs.step, {envs}"] = ("envs.step", n, sys.executable)
