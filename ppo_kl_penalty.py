@@ -1,8 +1,10 @@
 """PPO (Schulman et al. 2017): KL penalty instead of clipping (section 4), for MuJoCo.
 
-python ppo_kl_penalty.py --env HalfCheetah
-python ppo_kl_penalty.py --env Hopper --no-adaptive-kl --kl-coef 3
-python ppo_kl_penalty.py --evaluate runs/NAME --capture-video
+    python ppo_kl_penalty.py --env HalfCheetah
+    python ppo_kl_penalty.py --env Hopper --no-adaptive-kl --kl-coef 3
+    python ppo_kl_penalty.py --evaluate runs/NAME --capture-video
+
+Everything but the objective is that of ppo_continuous.py, at the same speed.
 """
 
 # /// script

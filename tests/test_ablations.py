@@ -36,6 +36,9 @@ OF_SCRIPT: dict[str, dict[str, Any]] = {
 }
 # lives are lost and time runs out only in a longer rollout; by default only the parts that Atari's loop has of its own run
 LONGER = {"num_steps": 32, "total_timesteps": 128, "max_episode_steps": 20}
+LIVES = {"num_steps": 64, "total_timesteps": 256}
+SHOTS = LIVES | {"env": "SpaceInvaders"}  # pays 5 to 30
+LONGER_OF_SWITCH = {"episodic_life": LIVES, "clip_reward": SHOTS, "clip_vloss": SHOTS}
 QUICK_ON_ATARI = {"anneal_lr", "norm_adv", "target_kl"}
 SWITCHED: dict[str, list[Any]] = {
     "learning_rate": [0.011],
@@ -45,7 +48,7 @@ SWITCHED: dict[str, list[Any]] = {
     "gae_lambda": [1.0, 0.0],
     "num_minibatches": [1],
     "update_epochs": [2],
-    "clip_coef": [0.1],
+    "clip_coef": [0.15],
     "ent_coef": [0.02],
     "vf_coef": [2.0],
     "max_grad_norm": [math.inf],
@@ -186,7 +189,14 @@ def cases():
             slow = name == "ppo_atari" and switch not in QUICK_ON_ATARI
             for value in table.get(switch, []):
                 marks = [pytest.mark.slow] if slow else []
-                yield pytest.param(name, switch, value, LONGER if slow else {}, id=f"{name}-{switch}-{value}", marks=marks)
+                yield pytest.param(
+                    name,
+                    switch,
+                    value,
+                    LONGER_OF_SWITCH.get(switch, LONGER) if slow else {},
+                    id=f"{name}-{switch}-{value}",
+                    marks=marks,
+                )
 
 
 @pytest.mark.parametrize(("name", "switch", "value", "longer"), list(cases()))

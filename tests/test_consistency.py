@@ -41,8 +41,9 @@ DIFFERENT_HELP |= {"compile", "device", "num_threads"}
 def definitions(script: str) -> dict[str, str]:
     """Source text of every top-level function and class of a script."""
     kinds = (ast.FunctionDef, ast.ClassDef)
+    lines = TEXT[script].splitlines()
     found = [node for node in TREE[script].body if isinstance(node, kinds)]
-    return {node.name: ast.get_source_segment(TEXT[script], node) or "" for node in found}
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in found}
 
 
 def args_fields(script: str) -> dict[str, tuple[str, str]]:
