@@ -332,6 +332,24 @@ def table_random(results: Results) -> str:
     return markdown(["task", "mean return", "standard deviation", "episodes"], rows)
 
 
+def table_speed_short(results: Results) -> str:
+    """Ours beside the peers on MuJoCo, with as many environments each."""
+    header, *measured = results.speed.get("mujoco", [{}])
+    rows = []
+    for envs in ("1 env", "8 envs"):
+        rates = {
+            name: np.array([r["sps"] for r in measured if r["contestant"] == f"{name}, {envs}"])
+            for name in ("ours", "Stable-Baselines3", "sbx")
+        }
+        if any(len(x) != len(rates["ours"]) or not len(x) for x in rates.values()):
+            return "Nothing was measured yet.\n"
+        cells = [f"{np.median(x):.0f} [{x.min():.0f}, {x.max():.0f}]" for x in rates.values()]
+        times = [rates["ours"] / rates[name] for name in ("Stable-Baselines3", "sbx")]
+        rows.append([envs, *cells, *(f"{np.median(x):.1f} [{x.min():.1f}, {x.max():.1f}]" for x in times)])
+    head = [header["env"], "ours, steps/s", "Stable-Baselines3", "sbx", "ours / SB3", "ours / sbx"]
+    return markdown(head, rows)
+
+
 def table_speed(results: Results) -> str:
     text = ""
     for records in results.speed.values():
@@ -568,6 +586,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "games_won": table_games_won,
     "random": table_random,
     "speed": table_speed,
+    "speed_short": table_speed_short,
 }
 
 
