@@ -39,7 +39,7 @@ LONGER = {"num_steps": 32, "total_timesteps": 128, "max_episode_steps": 20}
 LIVES = {"num_steps": 64, "total_timesteps": 256}
 SHOTS = LIVES | {"env": "SpaceInvaders"}  # pays 5 to 30
 LONGER_OF_SWITCH = {"episodic_life": LIVES, "clip_reward": SHOTS, "clip_vloss": SHOTS}
-QUICK_ON_ATARI = {"anneal_lr", "norm_adv", "target_kl"}
+QUICK_ON_ATARI = {"anneal_lr", "norm_adv", "target_kl", "scale_obs"}
 SWITCHED: dict[str, list[Any]] = {
     "learning_rate": [0.011],
     "num_envs": [1],
