@@ -86,18 +86,19 @@ DETAILS: dict[str, dict[str, Any]] = {
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 
 FIVE = (1, 2, 3, 4, 5)
-HIDDEN: dict[str, Any] = {"vf_coef": 0.01, "observe": [0, 2], "num_envs": 16}
-LUNAR: dict[str, Any] = {"share_params": False, "num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999}
-LUNAR |= {"gae_lambda": 0.98, "total_timesteps": 2_000_000}
+HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
+LUNAR: dict[str, Any] = {"num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999, "gae_lambda": 0.98}
+LUNAR |= {"total_timesteps": 2_000_000}
 BIPEDAL: dict[str, Any] = {"discretize_actions": 7, "num_envs": 16, "num_steps": 256, "num_minibatches": 32, "ent_coef": 0.0}
-BIPEDAL |= {"update_epochs": 10, "learning_rate": 3e-4, "norm_obs": "step", "norm_reward": True, "total_timesteps": 2_000_000}
+BIPEDAL |= {"update_epochs": 10, "learning_rate": 3e-4, "norm_obs": "step", "total_timesteps": 2_000_000}
 # ppo_shared_params.py: setting -> task, flags beyond the defaults, seeds.
 DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
-    "shared, c1 0.01": ("CartPole-v1", {"vf_coef": 0.01}, FIVE),
-    "shared, c1 0.5": ("CartPole-v1", {}, FIVE),
-    "separate, c1 0.01": ("CartPole-v1", {"share_params": False, "vf_coef": 0.01}, FIVE),
-    "separate, c1 0.5": ("CartPole-v1", {"share_params": False}, FIVE),
-    "Acrobot": ("Acrobot-v1", {"vf_coef": 0.01}, SEEDS),
+    "shared": ("CartPole-v1", {}, FIVE),
+    "separate": ("CartPole-v1", {"share_params": False}, FIVE),
+    "shared, unscaled rewards": ("CartPole-v1", {"norm_reward": False}, FIVE),
+    "shared, unscaled rewards, c1 0.01": ("CartPole-v1", {"norm_reward": False, "vf_coef": 0.01}, FIVE),
+    "separate, unscaled rewards": ("CartPole-v1", {"share_params": False, "norm_reward": False}, FIVE),
+    "Acrobot": ("Acrobot-v1", {}, SEEDS),
     "no velocities, LSTM": ("CartPole-v1", HIDDEN | {"lstm": True}, SEEDS),
     "no velocities": ("CartPole-v1", HIDDEN, SEEDS),
     "LunarLander": ("LunarLander-v3", LUNAR, SEEDS),

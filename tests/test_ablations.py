@@ -77,7 +77,6 @@ SWITCHED_OF_SCRIPT: dict[str, dict[str, list[Any]]] = {
         "observe": [(0, 2)],
         "norm_obs": ["batch", "step"],
         "clip_obs": [1.0],
-        "norm_reward": [True],
         "clip_reward": [1.0],
     },
     "ppo_atari": {
