@@ -46,6 +46,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def with_extremes(values: np.ndarray, digits: int) -> str:
+    """Median [least, most] of alternations."""
+    return f"{np.median(values):.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
+
+
 def seeds_text(seeds: list[int]) -> str:
     return ", ".join(map(str, sorted(set(seeds))))
 
@@ -273,7 +278,7 @@ def table_games_won(results: Results) -> str:
     return markdown(head, rows)
 
 
-KL_SETTING = "adaptive KL 0.01"
+KL_SETTING, KL_TARGET = "adaptive KL 0.01", 0.01
 
 
 def table_kl_penalty(results: Results) -> str:
@@ -285,8 +290,9 @@ def table_kl_penalty(results: Results) -> str:
             rows.append([f"{env}-v4", results.cell("base", "default", env), "", "", "", ""])
             continue
         group = results.runs["table1-details", KL_SETTING, env]
-        late = [x for r in group.values() for x in late_kl(r) if x is not None]
-        inside = np.mean([1 / 3 <= x / 0.01 <= 3 for x in late])
+        curves = [r["curve"]["kl"] for r in group.values()]
+        late = [x for kls in curves for x in kls[len(kls) // 10 :] if x is not None]  # after the first tenth of training
+        inside = np.mean([1 / 3 <= x / KL_TARGET <= 3 for x in late])
         rows.append([
             f"{env}-v4", with_interval(clip), with_interval(penalty), f"{penalty.mean() / clip.mean():.0%}",
             f"{np.median(late):.4f}", f"{inside:.1%}",
@@ -300,11 +306,6 @@ def table_kl_penalty(results: Results) -> str:
         "within a factor of 3 of its target",
     ]
     return markdown(head, rows)
-
-
-def late_kl(result: dict) -> list[float | None]:
-    """Measured KL after the first tenth of training, means of hundredths of the run."""
-    return result["curve"]["kl"][len(result["curve"]["kl"]) // 10 :]
 
 
 def table_discrete(results: Results) -> str:
@@ -343,9 +344,8 @@ def table_speed_short(results: Results) -> str:
         }
         if any(len(x) != len(rates["ours"]) or not len(x) for x in rates.values()):
             return "Nothing was measured yet.\n"
-        cells = [f"{np.median(x):.0f} [{x.min():.0f}, {x.max():.0f}]" for x in rates.values()]
-        times = [rates["ours"] / rates[name] for name in ("Stable-Baselines3", "sbx")]
-        rows.append([envs, *cells, *(f"{np.median(x):.1f} [{x.min():.1f}, {x.max():.1f}]" for x in times)])
+        ratios = [rates["ours"] / rates[name] for name in ("Stable-Baselines3", "sbx")]
+        rows.append([envs, *(with_extremes(x, 0) for x in rates.values()), *(with_extremes(x, 1) for x in ratios)])
     head = [header["env"], "ours, steps/s", "Stable-Baselines3", "sbx", "ours / SB3", "ours / sbx"]
     return markdown(head, rows)
 
@@ -364,8 +364,8 @@ def table_speed(results: Results) -> str:
             ratios = np.array([rates[first][r] / by_round[r] for r in by_round if r in rates[first]])
             rows.append([
                 contestant,
-                f"{np.median(values):.0f} [{values.min():.0f}, {values.max():.0f}]",
-                f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]",
+                with_extremes(values, 0),
+                with_extremes(ratios, 2),
                 str(len(values)),
             ])  # fmt: skip
         head = [f"{header['env']}", "steps/s, median [least, most]", f"{first} is faster by", "alternations"]
@@ -517,8 +517,8 @@ def kl_data(results: Results) -> dict:
 def draw_kl(data: dict, plt):
     figure, axes = plt.subplots(1, len(data), figsize=(max(2.9 * len(data), 4), 2.7), squeeze=False, sharey=True)
     for axis, (env, by_seed) in zip(axes.flat, data.items(), strict=True):
-        axis.axhspan(0.01 / 3, 0.03, color="#dddddd", lw=0, label="factor 3 around the target")
-        axis.axhline(0.01, color="black", lw=0.8, ls=":")
+        axis.axhspan(KL_TARGET / 3, 3 * KL_TARGET, color="#dddddd", lw=0, label="factor 3 around the target")
+        axis.axhline(KL_TARGET, color="black", lw=0.8, ls=":")
         for (seed, points), (color, line, _, _) in zip(by_seed.items(), STYLES * 9, strict=False):
             steps, kls = zip(*points, strict=True)
             axis.plot(np.array(steps) / 1e6, kls, line, color=color, lw=1.1, label=f"seed {seed}")

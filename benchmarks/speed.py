@@ -58,8 +58,17 @@ def measure_game(env: str, num_envs: int, steps: int, threads: int) -> dict:
     return {"sps": count * num_envs / (time.perf_counter() - start), "versions": {"envpool": script.envpool.__version__}}
 
 
+def time_peer(model, batch: int, steps: int) -> float:
+    """Steps per second of a model of Stable-Baselines3 or sbx: one rollout with its update first, then the clock."""
+    model.learn(batch)
+    rollouts = max(steps // batch, 1)
+    start = time.perf_counter()
+    model.learn(batch * rollouts)
+    return batch * rollouts / (time.perf_counter() - start)
+
+
 def measure_game_peer(env: str, num_envs: int, steps: int, threads: int) -> dict:
-    """PPO of Stable-Baselines3 on ale-py: one rollout with its update first, then the clock."""
+    """PPO of Stable-Baselines3 on ale-py, with the defaults of ppo_atari.py."""
     import ale_py
     import gymnasium
     import stable_baselines3
@@ -72,13 +81,9 @@ def measure_game_peer(env: str, num_envs: int, steps: int, threads: int) -> dict
     envs = VecFrameStack(make_atari_env(f"{env}NoFrameskip-v4", num_envs, seed=1), 4)
     own = {"n_steps": ATARI_BATCH // num_envs, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
     model = stable_baselines3.PPO("CnnPolicy", envs, seed=1, device="cpu", ent_coef=0.01, clip_range_vf=0.1, **own)
-    model.learn(ATARI_BATCH)
-    rollouts = max(steps // ATARI_BATCH, 1)
-    start = time.perf_counter()
-    model.learn(ATARI_BATCH * rollouts)
     modules = (stable_baselines3, ale_py, gymnasium, torch)
     versions = {module.__name__: module.__version__ for module in modules}
-    return {"sps": ATARI_BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
+    return {"sps": time_peer(model, ATARI_BATCH, steps), "versions": versions}
 
 
 def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> dict:
@@ -94,12 +99,8 @@ def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> 
     model = stable_baselines3.PPO(
         "MlpPolicy", make_vec_env(env, num_envs, seed=1), seed=1, device="cpu", clip_range_vf=0.2, **own
     )
-    model.learn(batch)
-    rollouts = max(steps // batch, 1)
-    start = time.perf_counter()
-    model.learn(batch * rollouts)
     versions = {module.__name__: module.__version__ for module in (stable_baselines3, gymnasium, torch)}
-    return {"sps": batch * rollouts / (time.perf_counter() - start), "versions": versions}
+    return {"sps": time_peer(model, batch, steps), "versions": versions}
 
 
 def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
@@ -121,7 +122,7 @@ def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict
 
 
 def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
-    """PPO of Stable-Baselines3 or sbx: one rollout with its update first, then the clock."""
+    """PPO of Stable-Baselines3 or sbx on MuJoCo, with the defaults of ppo_continuous.py."""
     env_id = env if re.search(r"-v\d+$", env) else f"{env}-v4"
     own = {"n_steps": BATCH // num_envs, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
     import gymnasium
@@ -144,11 +145,7 @@ def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int
         # its MuJoCo default network is the 2 x 64 tanh of the paper; value clipping as in the script
         model = stable_baselines3.PPO("MlpPolicy", envs, seed=1, device="cpu", clip_range_vf=0.2, **own)
         versions |= {"torch": torch.__version__}
-    model.learn(BATCH)
-    rollouts = max(steps // BATCH, 1)
-    start = time.perf_counter()
-    model.learn(BATCH * rollouts)
-    return {"sps": BATCH * rollouts / (time.perf_counter() - start), "versions": versions}
+    return {"sps": time_peer(model, BATCH, steps), "versions": versions}
 
 
 def measure_script(script: str, batch: int, env: str, num_envs: int, steps: int, threads: int, flags: tuple[str, ...]) -> dict:
