@@ -244,6 +244,20 @@ def table_details(results: Results) -> str:
     return markdown(head, rows) + results.footer("details")
 
 
+def table_atari_short(results: Results) -> str:
+    rows = []
+    for game, planned in suites.ATARI_SHORT.items():
+        group = results.runs.get(("atari-short", "default", game), {})
+        hours = seeds = steps = ""
+        if group:
+            finals = [result["final"] for result in group.values()]
+            seeds, steps = seeds_text(list(group)), f"{finals[0]['global_step']:,}"
+            hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
+        rows.append([game, results.cell("atari-short", "default", game), seeds, steps or f"(of {planned:,})", hours])
+    head = ["game", "score, last 100 games", "seeds", "steps", "hours"]
+    return markdown(head, rows) + results.footer("atari-short")
+
+
 def table_table6(results: Results) -> str:
     published = {row["game"]: row for row in results.csv("ppo_paper_atari_table6.csv")}
     rows = []
@@ -437,7 +451,8 @@ def draw_curves(data: dict, plt):
         axis.grid(alpha=0.25)
         axis.set_xlabel("million steps", fontsize=7)
     axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
-    figure.legend(names.values(), names.keys(), loc="lower right", fontsize=9, frameon=False, handlelength=4)
+    if len(names) > 1:
+        figure.legend(names.values(), names.keys(), loc="lower right", fontsize=9, frameon=False, handlelength=4)
     figure.tight_layout()
     return figure
 
@@ -538,6 +553,11 @@ PLOTS: dict[str, tuple[str, Callable, Callable]] = {
     "table1": ("Table 1 of the paper beside ours", table1_data, draw_table1),
     "kl": ("Measured KL of the adaptive penalty", kl_data, draw_kl),
     "details": ("Effect of each detail", details_data, draw_details),
+    "atari_short": (
+        "Learning curves on Atari without a GPU",
+        lambda r: curves_data(r, {"PPO": ("atari-short", "default")}, suites.ATARI_SHORT),
+        draw_curves,
+    ),
     "atari": (
         "Learning curves on Atari",
         lambda r: curves_data(r, {"PPO": ("table6", "default")}, suites.ATARI),
@@ -582,6 +602,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "kl_penalty": table_kl_penalty,
     "discrete": table_discrete,
     "details": table_details,
+    "atari_short": table_atari_short,
     "table6": table_table6,
     "games_won": table_games_won,
     "random": table_random,

@@ -17,6 +17,7 @@ ATARI = (  # the 49 games of Table 6
     "Tutankham", "UpNDown", "Venture", "VideoPinball", "WizardOfWor", "Zaxxon",
 )
 # fmt: on
+ATARI_SHORT = {"Breakout": 1_000_000, "Pong": 4_000_000}  # what a CPU can do: game -> steps
 SEEDS = (1, 2, 3)
 
 # Steps per second on one core of a 2-core server, for the expected time of a plan where no result says better.
@@ -176,6 +177,10 @@ def make_suite(name: str) -> list[Run]:
             for seed in seeds
         ]
         return sorted(runs, key=lambda run: run.seed)
+    if name == "atari-short":
+        return [
+            Run(name, "default", "ppo_atari.py", game, 1, {"total_timesteps": steps}) for game, steps in ATARI_SHORT.items()
+        ]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":
@@ -183,8 +188,7 @@ def make_suite(name: str) -> list[Run]:
     raise ValueError(name)
 
 
-SUITES = ("base", "table1", "table1-details", "figure3", "peer", "discrete", "table6", "details")
-
+SUITES = ("base", "table1", "table1-details", "figure3", "peer", "discrete", "atari-short", "table6", "details")
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
 
