@@ -167,19 +167,16 @@ def table1_scores(results: Results, suite: str, best: str) -> dict[str, np.ndarr
     """Normalized scores (complete seeds, tasks) of each setting: random policy 0, best result 1.
 
     best: "run", the best single run of the task, or "setting", the best mean over seeds of a setting. Both are held
-    fixed in the bootstrap. Empty before every task has a run and a random score.
+    fixed in the bootstrap. Empty before every setting has a whole seed, since the best is not known until then, and
+    before every task has a random score.
     """
     envs = suites.MUJOCO
     low = results.random_means(envs)
-    by_setting = {s: [results.scores(suite, s, e) for e in envs] for s in suites.TABLE1}
-    tops = []
-    for i in range(len(envs)):
-        column = [scores[i] for scores in by_setting.values() if len(scores[i])]
-        tops.append(max((c.max() if best == "run" else c.mean() for c in column), default=None))
-    if low is None or None in tops:
-        return {}
     matrices = {s: results.matrix(suite, s, envs) for s in suites.TABLE1}
-    return {s: stats.normalize(m, low, np.array(tops, dtype=float)) for s, m in matrices.items() if len(m)}
+    if low is None or not all(len(m) for m in matrices.values()):
+        return {}
+    tops = np.max([m.max(axis=0) if best == "run" else m.mean(axis=0) for m in matrices.values()], axis=0)
+    return {s: stats.normalize(m, low, tops) for s, m in matrices.items()}
 
 
 def table1(results: Results, suite: str) -> str:
@@ -188,8 +185,11 @@ def table1(results: Results, suite: str) -> str:
     rows = []
     for row in results.csv("table1.csv"):
         s = row["setting"]
-        cells = [with_interval(by[s]) if s in by else "" for by in (by_run, by_setting)]
-        cells.append(with_interval(by_run[s], stats.iqm) if s in by_run else "")
+        cells = (
+            [with_interval(by_run[s]), with_interval(by_setting[s]), with_interval(by_run[s], stats.iqm)]
+            if by_run
+            else [""] * 3
+        )
         rows.append([s, row["score"], *cells, seeds_text(results.complete_seeds(suite, s, suites.MUJOCO))])
     head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "seeds"]
     text = markdown(head, rows)

@@ -586,29 +586,34 @@ def fake_random(folder, mean):
 
 
 def test_table1_normalization_by_both_readings(tmp_path):
-    levels = {"no clipping or penalty": -50, "clipping 0.1": 50, "clipping 0.2": 90}
+    levels = dict.fromkeys(suites.TABLE1, 50) | {"no clipping or penalty": -50, "clipping 0.2": 90}
     fake_results(tmp_path, "table1", levels, suites.MUJOCO, (1, 2, 3), lambda s, e, seed: levels[s] + 10 * (seed - 2))
     fake_random(tmp_path, -10.0)
     results = report.Results(tmp_path)
     by_run = report.table1_scores(results, "table1", "run")
     by_setting = report.table1_scores(results, "table1", "setting")
-    assert {s: round(float(x.mean()), 6) for s, x in by_run.items()} == {
-        "no clipping or penalty": round(-40 / 110, 6), "clipping 0.1": round(60 / 110, 6), "clipping 0.2": round(100 / 110, 6),
-    }  # fmt: skip
-    assert {s: round(float(x.mean()), 6) for s, x in by_setting.items()} == {
-        "no clipping or penalty": -0.4, "clipping 0.1": 0.6, "clipping 0.2": 1.0,
-    }  # fmt: skip
+    for setting, level in levels.items():
+        assert by_run[setting].mean() == pytest.approx((level + 10) / 110)
+        assert by_setting[setting].mean() == pytest.approx((level + 10) / 100)
     text = report.table_table1(results)
     assert re.search(
         r"\| clipping 0.2 \| 0.82 \| 0.91 \[0.8\d, 0.9\d\] \| 1.00 \[0.9\d, 1.0\d\] \| 0.91 \[.*\| 1, 2, 3 \|", text
     )
-    assert "| clipping 0.3 | 0.70 |  |  |  |  |" in text
 
 
-def test_table1_takes_whole_seeds_only(tmp_path):
-    fake_results(tmp_path, "table1", ["clipping 0.2"], suites.MUJOCO, (1, 2), lambda s, e, seed: 10)
-    fake_results(tmp_path, "table1", ["clipping 0.2"], ("Hopper",), (3,), lambda s, e, seed: 10)
-    assert report.Results(tmp_path).complete_seeds("table1", "clipping 0.2", suites.MUJOCO) == [1, 2]
+def test_table1_takes_whole_seeds_only_and_waits_for_all_settings(tmp_path):
+    most = [s for s in suites.TABLE1 if s != "fixed KL 10"]
+    fake_random(tmp_path, -10.0)
+    fake_results(tmp_path, "table1", most, suites.MUJOCO, (1, 2), lambda s, e, seed: 10)
+    fake_results(tmp_path, "table1", most, ("Hopper",), (3,), lambda s, e, seed: 90)
+    results = report.Results(tmp_path)
+    assert results.complete_seeds("table1", "clipping 0.2", suites.MUJOCO) == [1, 2]
+    assert report.table1_scores(results, "table1", "run") == {} == report.table1_data(results)
+    assert "| clipping 0.2 | 0.82 |  |  |  | 1, 2 |" in report.table_table1(results)
+    fake_results(tmp_path, "table1", ["fixed KL 10"], suites.MUJOCO, (1,), lambda s, e, seed: 0)
+    by_run = report.table1_scores(report.Results(tmp_path), "table1", "run")
+    assert by_run["clipping 0.2"].mean() == 1  # the best of whole seeds
+    assert by_run["fixed KL 10"].mean() == 0.5
 
 
 def test_effect_of_details(tmp_path):
