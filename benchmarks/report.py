@@ -252,6 +252,8 @@ def table_atari_short(results: Results) -> str:
         if group:
             finals = [result["final"] for result in group.values()]
             seeds, steps = seeds_text(list(group)), f"{finals[0]['global_step']:,}"
+            if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
+                steps += f" (stopped; of {planned:,})"
             hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
         rows.append([game, results.cell("atari-short", "default", game), seeds, steps or f"(of {planned:,})", hours])
     head = ["game", "score, last 100 games", "seeds", "steps", "hours"]

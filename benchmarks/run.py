@@ -60,23 +60,27 @@ def read_jsonl(file: Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None) -> list[dict]:
+def is_stopped_early(args: dict, last_step: int) -> bool:
+    """Whether a run with these arguments had another whole rollout to do after last_step."""
+    return last_step + args["num_envs"] * args["num_steps"] <= args["total_timesteps"]
+
+
+def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None, stopped: bool = False) -> list[dict]:
     """The three records of a result file, from the logs of a finished run: header, final scores, thinned curve.
 
     The curve is the mean return of the last 100 episodes that had ended by each of 100 evenly spaced steps; None before
-    the first. Runs with a KL penalty also keep their measured KL.
+    the first. Runs with a KL penalty also keep their measured KL. stopped: a run that was stopped early will do too.
     """
     try:
         header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
         episodes = read_jsonl(run_dir / "episodes.jsonl")
         args = header["args"]
-        batch_size = args["num_envs"] * args["num_steps"]
         steps, returns = [e["global_step"] for e in episodes], [e["return"] for e in episodes]
         last_step = iterations[-1]["global_step"] if iterations else 0
         seconds = [record["charts/seconds"] for record in iterations]
     except (OSError, ValueError, KeyError) as error:
         raise RunnerError(f"{run_dir} is no run directory with readable logs: {error!r}") from error
-    if last_step + batch_size <= args["total_timesteps"]:
+    if is_stopped_early(args, last_step) and not (stopped and iterations):
         raise RunnerError(f"{run_dir} is not finished: {last_step:,} of {args['total_timesteps']:,} steps")
     # the clock of a run starts at 0 again where it was resumed
     total_seconds = sum(a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a)
@@ -166,12 +170,12 @@ def result_file(results: Path, suite: str, name: str) -> Path:
     return results / suites.slug(suite) / f"{name}.jsonl.gz"
 
 
-def collect(run_dirs: list[Path], suite: str, setting: str, results: Path) -> int:
-    """Writes the result files of finished run directories; returns the number of those that are not finished."""
+def collect(run_dirs: list[Path], suite: str, setting: str, results: Path, stopped: bool = False) -> int:
+    """Writes the result files of finished run directories, with `stopped` also of others; returns how many it left out."""
     unfinished = 0
     for run_dir in run_dirs:
         try:
-            records = summarize(run_dir, suite, setting)
+            records = summarize(run_dir, suite, setting, stopped=stopped)
         except RunnerError as error:
             print(f"left out: {error}", file=sys.stderr)
             unfinished += 1
@@ -276,11 +280,12 @@ def lock_suite(folder: Path):
 
 
 def is_finished(run: suites.Run, results: Path) -> bool:
-    """Whether the result of a run is there; a result of other flags under its name is an error."""
+    """Whether the result of a finished run is there; a result of other flags under its name is an error."""
     file = result_file(results, run.suite, run.name)
     if not file.is_file():
         return False
-    header = read_result(file)["header"]
+    result = read_result(file)
+    header = result["header"]
     planned = json.loads(json.dumps(run.flags))
     if header["flags"] is not None:
         same = header["flags"] == planned
@@ -290,7 +295,7 @@ def is_finished(run: suites.Run, results: Path) -> bool:
         )
     if not same:
         raise RunnerError(f"{file} is of other flags than the plan: delete it or use another --name or --results-dir")
-    return True
+    return not is_stopped_early(header["args"], result["final"]["global_step"])
 
 
 def is_number(value: Any) -> bool:
@@ -604,6 +609,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="sweep: name of its results; default: sweep_<script>")
     parser.add_argument("--suite", dest="collect_suite", help="collect: suite of the results")
     parser.add_argument("--setting", default="default", help="collect: setting of the results")
+    parser.add_argument("--stopped", action="store_true", help="collect: also runs that were stopped early")
     parser.add_argument("--only-env", nargs="+", help="only these tasks of a suite; random: these tasks")
     parser.add_argument("--only-seed", nargs="+", type=int, help="only these seeds of a suite")
     parser.add_argument("--only-setting", nargs="+", help="only these settings of a suite")
@@ -648,7 +654,8 @@ def main(argv: list[str]) -> int:
             if not options.names or not options.collect_suite:
                 parser.error("collect needs run directories and --suite NAME")
             names = [Path(name) for name in options.names]
-            return 1 if collect(names, options.collect_suite, options.setting, options.results_dir) else 0
+            left_out = collect(names, options.collect_suite, options.setting, options.results_dir, options.stopped)
+            return 1 if left_out else 0
         if options.suite == "random":
             random_scores(options.only_env or list(suites.MUJOCO), options.episodes, options.results_dir)
             return 0

@@ -237,6 +237,18 @@ def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
     assert "Hopper, seed 1: 149.5 after 1,000 steps" in captured.out
 
 
+def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path):
+    cut = write_run(tmp_path / "cut", steps=900)
+    assert run.main(["collect", str(cut), "--suite", "base", "--stopped", "--results-dir", str(tmp_path / "res")]) == 0
+    (file,) = (tmp_path / "res" / "base").iterdir()
+    result = run.read_result(file)
+    assert result["final"]["global_step"] == result["curve"]["global_step"][-1] == 900
+    planned = suites.Run("base", "default", "ppo_continuous.py", "Hopper", 1, {})
+    assert not run.is_finished(planned, tmp_path / "res")
+    run.main(["collect", str(write_run(tmp_path / "done")), "--suite", "base", "--results-dir", str(tmp_path / "res")])
+    assert run.is_finished(planned, tmp_path / "res")
+
+
 def test_damaged_result_is_named(tmp_path):
     with open(write_run(tmp_path / "r") / "metrics.jsonl", "a") as f:
         f.write('{"args": {}}\n')
