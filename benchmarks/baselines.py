@@ -120,7 +120,8 @@ def train(algorithm: str, env: str, seed: int, total_timesteps: int, run_dir: Pa
         own["learning_rate"] = LinearSchedule(settings["learning_rate"], 0.0, 1.0)
     model = ALGORITHMS[algorithm]("MlpPolicy", envs, seed=seed, device="cpu", **own)
     log = Log(run_dir, header, warm=2048)
-    model.learn(total_timesteps, callback=log)
+    batch = settings["n_envs"] * settings["n_steps"]
+    model.learn(total_timesteps // batch * batch, callback=log)  # whole rollouts, as the scripts count them
     log.write()
     log.metrics.close()
     log.episodes.close()

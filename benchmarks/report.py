@@ -55,6 +55,11 @@ def seeds_text(seeds: list[int]) -> str:
     return ", ".join(map(str, sorted(set(seeds))))
 
 
+def settings_of(result: dict) -> dict:
+    """Arguments of a run without its seed and what it ran on."""
+    return {k: v for k, v in result["header"]["args"].items() if k != "seed" and k not in run.MACHINE}
+
+
 class Results:
     """All that is in results/ and reference/."""
 
@@ -67,6 +72,8 @@ class Results:
             group = self.runs.setdefault((header["suite"], header["setting"], header["env"]), {})
             if group and next(iter(group.values()))["final"]["global_step"] != result["final"]["global_step"]:
                 raise run.RunnerError(f"{file} has another number of steps than the other seeds beside it")
+            if group and settings_of(next(iter(group.values()))) != settings_of(result):
+                raise run.RunnerError(f"{file} has other settings than the other seeds beside it")
             if result["final"]["return"] is None:
                 raise run.RunnerError(f"{file} has no finished episode")
             group[header["seed"]] = result
@@ -163,20 +170,27 @@ def table_second_hand(results: Results) -> str:
     return markdown(["task", *(f"{a}, {w}" for a in ALGORITHMS for w in ("claimed", "ours"))], rows)
 
 
+def table1_seeds(results: Results, suite: str) -> list[int]:
+    """Seeds that were run with every setting on every task."""
+    return sorted(set.intersection(*(set(results.complete_seeds(suite, s, suites.MUJOCO)) for s in suites.TABLE1)))
+
+
 def table1_scores(results: Results, suite: str, best: str) -> dict[str, np.ndarray]:
-    """Normalized scores (complete seeds, tasks) of each setting: random policy 0, best result 1.
+    """Normalized scores (seeds, tasks) of each setting, over table1_seeds: random policy 0, best result 1.
 
     best: "run", the best single run of the task, or "setting", the best mean over seeds of a setting. Both are held
-    fixed in the bootstrap. Empty before every setting has a whole seed, since the best is not known until then, and
-    before every task has a random score.
+    fixed in the bootstrap. Empty before the first such seed, since the best is not known until then.
     """
-    envs = suites.MUJOCO
+    envs, seeds = suites.MUJOCO, table1_seeds(results, suite)
     low = results.random_means(envs)
-    matrices = {s: results.matrix(suite, s, envs) for s in suites.TABLE1}
-    if low is None or not all(len(m) for m in matrices.values()):
+    if low is None or not seeds:
         return {}
-    tops = np.max([m.max(axis=0) if best == "run" else m.mean(axis=0) for m in matrices.values()], axis=0)
-    return {s: stats.normalize(m, low, tops) for s, m in matrices.items()}
+    finals = {
+        s: np.array([[results.runs[suite, s, e][seed]["final"]["return"] for e in envs] for seed in seeds])
+        for s in suites.TABLE1
+    }
+    tops = np.max([x.max(axis=0) if best == "run" else x.mean(axis=0) for x in finals.values()], axis=0)
+    return {s: stats.normalize(x, low, tops) for s, x in finals.items()}
 
 
 def table1(results: Results, suite: str) -> str:
@@ -246,17 +260,19 @@ def table_details(results: Results) -> str:
 
 def table_atari_short(results: Results) -> str:
     rows = []
-    for game, planned in suites.ATARI_SHORT.items():
+    for game, flags in suites.ATARI_SHORT.items():
         group = results.runs.get(("atari-short", "default", game), {})
         hours = seeds = steps = ""
         if group:
             finals = [result["final"] for result in group.values()]
             seeds, steps = seeds_text(list(group)), f"{finals[0]['global_step']:,}"
             if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
-                steps += f" (stopped; of {planned:,})"
+                steps += f" (stopped; of {flags['total_timesteps']:,})"
             hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
-        rows.append([game, results.cell("atari-short", "default", game), seeds, steps or f"(of {planned:,})", hours])
-    head = ["game", "score, last 100 games", "seeds", "steps", "hours"]
+        beyond = " ".join(x for k, v in flags.items() if k != "total_timesteps" for x in suites.option(k, v))
+        steps = steps or f"(of {flags['total_timesteps']:,})"
+        rows.append([game, results.cell("atari-short", "default", game), seeds, steps, hours, beyond])
+    head = ["game", "score, last 100 games", "seeds", "steps", "hours", "flags"]
     return markdown(head, rows) + results.footer("atari-short")
 
 
@@ -298,7 +314,10 @@ KL_SETTING, KL_TARGET = "adaptive KL 0.01", 0.01
 
 
 def table_kl_penalty(results: Results) -> str:
-    """Clipping beside the adaptive penalty, and how far the measured KL of an update is from its target."""
+    """Clipping beside the adaptive penalty, and how far the measured KL is from its target.
+
+    A run keeps its KL at 100 points, each a mean over the updates since the last one: about five.
+    """
     rows = []
     for env in suites.MUJOCO:
         clip, penalty = results.scores("base", "default", env), results.scores("table1-details", KL_SETTING, env)
@@ -308,18 +327,20 @@ def table_kl_penalty(results: Results) -> str:
         group = results.runs["table1-details", KL_SETTING, env]
         curves = [r["curve"]["kl"] for r in group.values()]
         late = [x for kls in curves for x in kls[len(kls) // 10 :] if x is not None]  # after the first tenth of training
+        low = results.random[env]["mean"] if env in results.random else None
+        ratio = "" if low is None else f"{(penalty.mean() - low) / (clip.mean() - low):.1%}"
         inside = np.mean([1 / 3 <= x / KL_TARGET <= 3 for x in late])
         rows.append([
-            f"{env}-v4", with_interval(clip), with_interval(penalty), f"{penalty.mean() / clip.mean():.0%}",
+            f"{env}-v4", with_interval(clip), with_interval(penalty), ratio,
             f"{np.median(late):.4f}", f"{inside:.1%}",
         ])  # fmt: skip
     head = [
         "task",
         "clipping (suite base)",
         KL_SETTING,
-        "penalty / clipping",
+        "penalty / clipping, random policy 0",
         "median KL",
-        "within a factor of 3 of its target",
+        "hundredths within a factor of 3 of the target",
     ]
     return markdown(head, rows)
 
@@ -352,23 +373,24 @@ def table_random(results: Results) -> str:
 def table_speed_short(results: Results) -> str:
     """Ours beside the peers on MuJoCo, with as many environments each."""
     header, *measured = results.speed.get("mujoco", [{}])
+    if not measured:
+        return "Nothing was measured yet.\n"
     rows = []
     for envs in ("1 env", "8 envs"):
         rates = {
             name: np.array([r["sps"] for r in measured if r["contestant"] == f"{name}, {envs}"])
             for name in ("ours", "Stable-Baselines3", "sbx")
         }
-        if any(len(x) != len(rates["ours"]) or not len(x) for x in rates.values()):
-            return "Nothing was measured yet.\n"
-        ratios = [rates["ours"] / rates[name] for name in ("Stable-Baselines3", "sbx")]
-        rows.append([envs, *(with_extremes(x, 0) for x in rates.values()), *(with_extremes(x, 1) for x in ratios)])
+        ratios = [rates["ours"] / rates[name] if len(rates[name]) else rates[name] for name in ("Stable-Baselines3", "sbx")]
+        cells = [(x, 0) for x in rates.values()] + [(x, 1) for x in ratios]
+        rows.append([envs, *(with_extremes(x, digits) if len(x) else "" for x, digits in cells)])
     head = [header["env"], "ours, steps/s", "Stable-Baselines3", "sbx", "ours / SB3", "ours / sbx"]
     return markdown(head, rows)
 
 
 def table_speed(results: Results) -> str:
     text = ""
-    for records in results.speed.values():
+    for name, records in results.speed.items():
         header, measured = records[0], records[1:]
         rates: dict[str, dict[int, float]] = {}
         for record in measured:
@@ -378,17 +400,14 @@ def table_speed(results: Results) -> str:
         for contestant, by_round in rates.items():
             values = np.array(list(by_round.values()))
             ratios = np.array([rates[first][r] / by_round[r] for r in by_round if r in rates[first]])
-            rows.append([
-                contestant,
-                with_extremes(values, 0),
-                with_extremes(ratios, 2),
-                str(len(values)),
-            ])  # fmt: skip
-        head = [f"{header['env']}", "steps/s, median [least, most]", f"{first} is faster by", "alternations"]
+            rows.append([contestant, with_extremes(values, 0), with_extremes(ratios, 2), str(len(values))])
+        head = [header["env"], "steps/s, median [least, most]", f"{first} / this", "alternations"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
-        text += markdown(head, rows) + (
-            f"\n{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s); {versions}; "
-            f"{header['steps']:,} steps a measurement, start-up and compilation left out.\n\n"
+        text += f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n" + markdown(head, rows)
+        text += (
+            f"\n{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the machine "
+            f"before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and compilation "
+            f"left out.\n\n"
         )
     return text.rstrip("\n") + "\n" if text else "Nothing was measured yet.\n"
 
@@ -539,12 +558,13 @@ def draw_kl(data: dict, plt):
         for (seed, points), (color, line, _, _) in zip(by_seed.items(), STYLES * 9, strict=False):
             steps, kls = zip(*points, strict=True)
             axis.plot(np.array(steps) / 1e6, kls, line, color=color, lw=1.1, label=f"seed {seed}")
-        axis.axvline(max(step for points in by_seed.values() for step, _ in points) / 1e7, color="black", lw=0.6, ls="--")
+        tenth = max(step for points in by_seed.values() for step, _ in points) / 1e7
+        axis.axvline(tenth, color="black", lw=0.6, ls="--", label="a tenth of training")
         axis.set_yscale("log")
         axis.set_title(env, fontsize=9)
         axis.set_xlabel("million steps", fontsize=7)
         axis.tick_params(labelsize=7)
-    axes.flat[0].set_ylabel("KL of one update", fontsize=8)
+    axes.flat[0].set_ylabel("KL of an update, mean of about 5", fontsize=8)
     axes.flat[-1].legend(fontsize=7, frameon=False, loc="lower left")
     figure.tight_layout()
     return figure

@@ -14,11 +14,11 @@ the suite is running already; 2: bad arguments.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import functools
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -38,12 +38,15 @@ import stats
 import suites
 import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = suites.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "benchmarks" / "runs"  # not in git
 CURVE_POINTS = 100
 START_SECONDS = 15  # of a run before its first step, for the expected time
 MIN_FREE = 200e6  # bytes of disk below which no run is started
+# Arguments that are no part of a setting: where a run stands and what it shows, and what it runs on.
+LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"}
+MACHINE = {"num_threads", "device", "compile", "checkpoint_every"}
 
 
 class RunnerError(Exception):
@@ -99,7 +102,6 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
             since = last_step * (k - 1) // CURVE_POINTS
             kls = [r["losses/kl"] for r in iterations if since < r["global_step"] <= step]
             curve["kl"].append(round(statistics.fmean(kls), 6) if kls else None)
-    local = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"}
     return [
         {
             "suite": suite,
@@ -107,7 +109,7 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
             "env": args["env"],
             "seed": args["seed"],
             **{k: v for k, v in header.items() if k != "args"},
-            "args": {k: v for k, v in args.items() if k not in local},
+            "args": {k: v for k, v in args.items() if k not in LOCAL},
             "flags": flags,
         },
         {
@@ -170,23 +172,51 @@ def result_file(results: Path, suite: str, name: str) -> Path:
     return results / suites.slug(suite) / f"{name}.jsonl.gz"
 
 
+def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
+    """The run of a stored suite that a result is of; RunnerError where its arguments are not those of the plan."""
+    name = suites.Run(suite, setting, header["script"], header["env"], header["seed"]).name
+    planned = next((r for r in suites.make_suite(suite) if (r.suite, r.name) == (suite, name)), None)
+    if planned is None:
+        raise RunnerError(f"the suite {suite} has no run {name}")
+    if planned.peer:
+        expected = planned.flags
+    else:
+        import tyro
+
+        script = suites.load_script(Path(planned.script).stem)
+        expected = dataclasses.asdict(tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"]))
+    other = [k for k in sorted(set(expected) & set(header["args"]) - LOCAL - MACHINE) if expected[k] != header["args"][k]]
+    if other or header["script"] != Path(planned.script).name:
+        differing = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
+        raise RunnerError(f"{name} of the suite {suite} has other settings: {differing}")
+    return planned
+
+
 def collect(run_dirs: list[Path], suite: str, setting: str, results: Path, stopped: bool = False) -> int:
-    """Writes the result files of finished run directories, with `stopped` also of others; returns how many it left out."""
-    unfinished = 0
+    """Writes the result files of finished run directories; returns how many it left out.
+
+    stopped: also of runs that were stopped early, where there is no finished one.
+    """
+    left_out = 0
     for run_dir in run_dirs:
         try:
             records = summarize(run_dir, suite, setting, stopped=stopped)
+            header, final = records[:2]
+            run = suites.Run(suite, setting, header["script"], header["env"], header["seed"])
+            if suite in suites.SUITES:
+                run = planned_run(suite, setting, header)
+                header["flags"] = run.flags
+            if is_stopped_early(header["args"], final["global_step"]) and is_finished(run, results):
+                raise RunnerError(f"{run_dir} was stopped early and {run.name} has a finished result")
         except RunnerError as error:
             print(f"left out: {error}", file=sys.stderr)
-            unfinished += 1
+            left_out += 1
             continue
-        header, final = records[:2]
-        run = suites.Run(suite, setting, header["script"], header["env"], header["seed"])
         file = result_file(results, suite, run.name)
         write_result(file, records)
         score = math.nan if final["return"] is None else final["return"]
         print(f"{run.env}, seed {run.seed}: {score:.1f} after {final['global_step']:,} steps -> {file.name}")
-    return unfinished
+    return left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +238,7 @@ def steps_of(run: suites.Run) -> int:
     return int(run.flags.get("total_timesteps", default_steps(run.script)))
 
 
-def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | None) -> tuple[list[str], Path]:
+def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | None, threads: int) -> tuple[list[str], Path]:
     """Command that starts a run or goes on with it, and its run directory.
 
     The text of the script is copied first, so that a run goes on with the text it began with, whatever is edited.
@@ -236,11 +266,12 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
         temporary.write_text(json.dumps(plan) + "\n")
         os.replace(temporary, plan_file)
     command = [str(peer_python if run.peer else python), str(folder / plan["script"])]
+    own = [] if run.peer or "num_threads" in run.flags else ["--num-threads", str(threads)]
     if (run_dir / "checkpoint.pt").is_file():
-        return [*command, "--resume", str(run_dir)], run_dir
+        return [*command, "--resume", str(run_dir), *own], run_dir
     shutil.rmtree(run_dir, ignore_errors=True)  # cut before its first checkpoint, or without any
-    evaluation = [] if run.peer else ["--eval-episodes", "0"]
-    return [*command, *run.options(), *evaluation, "--run-dir", str(run_dir)], run_dir
+    own += [] if run.peer else ["--eval-episodes", "0"]
+    return [*command, *run.options(), *own, "--run-dir", str(run_dir)], run_dir
 
 
 def last_words(log: Path) -> str:
@@ -267,16 +298,17 @@ def environment(threads: int, gpu: str | None) -> dict[str, str]:
 # All runs
 
 
-def lock_suite(folder: Path):
-    """An open file that holds the lock of a suite. Its processes inherit it: it is free when the last one is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a")
+def take_lock(file: Path):
+    """An open file that holds a lock. Processes that inherit it hold it too: it is free when the last one is gone."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(file, "a")
     for _ in range(20):  # the processes of a runner just killed need a moment to die
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         time.sleep(0.25)
-    raise RunnerError(f"{folder.name} is running already (lock {folder / 'lock'}): wait for it or stop it first")
+    lock.close()
+    raise RunnerError(f"{file.with_suffix('')} is running already (lock {file}): wait for it or stop it first")
 
 
 def is_finished(run: suites.Run, results: Path) -> bool:
@@ -301,7 +333,7 @@ def is_finished(run: suites.Run, results: Path) -> bool:
 def is_number(value: Any) -> bool:
     try:
         float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     return True
 
@@ -360,14 +392,25 @@ def check_disk(folder: Path):
         )
 
 
+def jobs_at_a_time(options: argparse.Namespace) -> int:
+    """Runs on this machine at a time: --jobs, else what its cores carry, and its GPUs where --gpus names them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(cores // options.cores_per_run, 1)
+    if options.gpus:
+        most = min(most, len(options.gpus.split(",")) * options.runs_per_gpu)
+    return options.jobs or most
+
+
 def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: Progress, locks: list):
-    """Runs all, `--jobs` at a time, each on its own cores."""
+    """Runs all, `--jobs` at a time, each on its own cores and, with `--gpus`, on the GPU of its slot."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     width = options.cores_per_run
-    jobs = options.jobs or max(len(cores) // width, 1)
-    free = [[cores[(slot * width + k) % len(cores)] for k in range(width)] for slot in range(jobs)]
-    gpus = deque(options.gpus.split(",")) if options.gpus else None
-    active: list[tuple[suites.Run, subprocess.Popen, list[int], Path, Path]] = []
+    gpus = options.gpus.split(",") if options.gpus else [None]
+    free = [
+        ([cores[(slot * width + k) % len(cores)] for k in range(width)], gpus[slot % len(gpus)])
+        for slot in range(jobs_at_a_time(options))
+    ]
+    active: list[tuple[suites.Run, subprocess.Popen, tuple[list[int], str | None], Path, Path]] = []
     stop: RunnerError | None = None
     try:
         while (waiting and not stop) or active:
@@ -375,7 +418,7 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
                 run = waiting[0]
                 try:
                     check_disk(options.runs_dir)
-                    command, run_dir = make_command(run, options.runs_dir, sys.executable, options.peer_python)
+                    command, run_dir = make_command(run, options.runs_dir, sys.executable, options.peer_python, width)
                     log = run_dir.with_name(run_dir.name + ".log")
                     output = open(log, "ab")
                 except RunnerError as error:
@@ -386,18 +429,15 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
                     break
                 waiting.popleft()
                 slot = free.pop(0)
-                gpu = gpus[0] if gpus else None
-                if gpus:
-                    gpus.rotate(-1)
                 with output:
                     process = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        env=environment(width, gpu),
+                        env=environment(width, slot[1]),
                         pass_fds=[lock.fileno() for lock in locks],
-                        preexec_fn=functools.partial(die_with_parent, os.getpid(), slot),
+                        preexec_fn=functools.partial(die_with_parent, os.getpid(), slot[0]),
                     )
                 active.append((run, process, slot, run_dir, log))
             time.sleep(0.1)
@@ -432,9 +472,12 @@ def run_ray_task(task: dict) -> tuple[list[dict] | None, str]:
     sys.path.insert(0, str(Path.cwd() / "benchmarks"))
     import run as here
 
-    run = here.suites.Run(**task["run"])
+    run, runs_dir = here.suites.Run(**task["run"]), Path(task["runs_dir"])
     try:
-        command, run_dir = here.make_command(run, Path(task["runs_dir"]), sys.executable, task["peer_python"])
+        folder = runs_dir / here.suites.slug(run.suite)
+        lock = here.take_lock(folder / f"{run.name}.lock")  # of the node: that of the suite is held by the driver alone
+        here.check_disk(folder)
+        command, run_dir = here.make_command(run, runs_dir, sys.executable, task["peer_python"], task["threads"])
         log = run_dir.with_name(run_dir.name + ".log")
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         with open(log, "ab") as output:
@@ -444,9 +487,11 @@ def run_ray_task(task: dict) -> tuple[list[dict] | None, str]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=here.environment(task["threads"], None),  # Ray sets CUDA_VISIBLE_DEVICES itself
+                pass_fds=[lock.fileno()],
                 preexec_fn=functools.partial(here.die_with_parent, os.getpid(), cores),
                 check=False,
             ).returncode
+        lock.close()
         if code:
             return None, f"exit code {code}: {here.last_words(log)} (log {log})"
         return here.summarize(run_dir, run.suite, run.setting, run.flags), ""
@@ -513,8 +558,7 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     if not runs:
         raise RunnerError("no run of the suite is left by --only-env, --only-seed and --only-setting")
     left = [run for run in runs if not is_finished(run, options.results_dir)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = options.jobs or max(cores // options.cores_per_run, 1)
+    jobs = jobs_at_a_time(options)
     seconds = expected_seconds(left, options.results_dir) / max(min(jobs, len(left)), 1)
     where = f"on the Ray cluster {options.ray}" if options.ray else f"{jobs} at a time"
     print(f"{len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} left, {where}, expected time {clock(seconds)}")
@@ -525,7 +569,7 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
         if left:
             print("nothing was started: --go starts it")
         return 0
-    locks = [lock_suite(options.runs_dir / suites.slug(suite)) for suite in sorted({run.suite for run in runs})]
+    locks = [take_lock(options.runs_dir / f"{suites.slug(suite)}.lock") for suite in sorted({run.suite for run in runs})]
     left = [run for run in runs if not is_finished(run, options.results_dir)]  # of now, under the lock
     progress = Progress(len(runs), len(runs) - len(left))
     try:
@@ -555,12 +599,7 @@ def random_scores(envs: list[str], episodes: int, results: Path):
     """
     import numpy as np
 
-    spec = importlib.util.spec_from_file_location("ppo_continuous", ROOT / "ppo_continuous.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
+    script = suites.load_script("ppo_continuous")
     for env in envs:
         seeds = list(range(1, episodes + 1))
         vector, _ = script.make_envs(env, seeds, 1)
@@ -602,8 +641,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--go", action="store_true", help="run; without it only the plan is printed")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as the cores allow")
     parser.add_argument("--cores-per-run", type=int, default=1, help="cores that a run is pinned to")
-    parser.add_argument("--gpus", help="GPUs to hand out in turn, such as 0,1; --jobs says how many runs share them")
-    parser.add_argument("--runs-per-gpu", type=int, default=1, help="with --ray and --gpus: runs that share a GPU")
+    parser.add_argument("--gpus", help="GPUs to share out, such as 0,1")
+    parser.add_argument("--runs-per-gpu", type=int, default=1, help="with --gpus: runs that share a GPU")
     parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: local, auto, or an address")
     parser.add_argument("--peer-python", help="Python with Stable-Baselines3 and sb3-contrib, for figure3 and peer")
     parser.add_argument("--name", help="sweep: name of its results; default: sweep_<script>")
@@ -653,6 +692,8 @@ def main(argv: list[str]) -> int:
         if options.suite == "collect":
             if not options.names or not options.collect_suite:
                 parser.error("collect needs run directories and --suite NAME")
+            if options.stopped and options.collect_suite != "atari-short":
+                parser.error("--stopped is for the suite atari-short, whose table says how far a run came")
             names = [Path(name) for name in options.names]
             left_out = collect(names, options.collect_suite, options.setting, options.results_dir, options.stopped)
             return 1 if left_out else 0

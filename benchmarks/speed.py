@@ -1,8 +1,10 @@
 """Steps per second side by side: every contestant in turn, A B A B, each measurement a process of its own on the same cores.
 
-    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python
+    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python --name mujoco
     python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
     python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python ../peers/bin/python
+
+With --name the measurements are kept in results/speed/ for the tables; without it they are only printed.
 
 Contestants for MuJoCo: ppo_continuous.py with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up
 and compilation out); the same environments stepped with random actions, by envs.step and by the script's faster make_step;
@@ -13,7 +15,6 @@ with 4 and 64 environments of 128 steps, with an LSTM, and Stable-Baselines3. Ru
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -36,19 +37,9 @@ CARTPOLE_STEPS = 128  # of each environment
 # Measurements: each prints {"sps", "versions"} as its last line. Peers are imported only here, by their own Python.
 
 
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    return script
-
-
 def measure_game(env: str, num_envs: int, steps: int, threads: int) -> dict:
     """The Atari environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
-    script = load_script("ppo_atari")
+    script = suites.load_script("ppo_atari")
     envs, _ = script.make_envs(script.Args(env=env, num_threads=threads), script.make_seeds(1, 0, num_envs))
     count = max(steps, 20_000) // num_envs
     actions = script.np.random.default_rng(0).integers(envs.single_action_space.n, size=(count, num_envs), dtype="int32")
@@ -105,7 +96,7 @@ def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> 
 
 def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
     """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
-    script = load_script("ppo_continuous")
+    script = suites.load_script("ppo_continuous")
     envs, _ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
     space = envs.single_action_space
     rng = script.np.random.default_rng(0)
@@ -240,7 +231,7 @@ def write_report(file: Path, header: dict, records: list[dict]):
 def print_table(names: list[str], records: list[dict]):
     rates = {name: {r["round"]: r["sps"] for r in records if r["contestant"] == name} for name in names}
     first = names[0]
-    print(f"\n{'':40} {'steps/s: median [least, most]':>32}   {first} is faster by: median [least, most]")
+    print(f"\n{'':40} {'steps/s: median [least, most]':>32}   {first} / this: median [least, most]")
     for name in names:
         values, ratios = list(rates[name].values()), [rates[first][r] / rates[name][r] for r in rates[name]]
         spread = f"{statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}]"
@@ -257,7 +248,7 @@ def main() -> int:
     parser.add_argument("--peer-python", help="Python with stable-baselines3 and gymnasium[mujoco]")
     parser.add_argument("--sbx-python", help="Python with sbx-rl")
     parser.add_argument("--contestant", nargs="+", help="only these; the first is compared with the others")
-    parser.add_argument("--name", default="mujoco", help="of the file in results/speed/")
+    parser.add_argument("--name", help="of the file in results/speed/; default: none is written")
     parser.add_argument("--results-dir", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "ENVS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -270,6 +261,11 @@ def main() -> int:
     unknown = [name for name in names if name not in chosen]
     if unknown or options.rounds < 1 or options.steps < BATCH:
         parser.error(f"contestants: {'; '.join(chosen)}; at least 1 round and {BATCH} steps")
+    file = options.results_dir / "speed" / f"{options.name}.jsonl"
+    if options.name and file.is_file():
+        old, *measured = (json.loads(line) for line in file.read_text().splitlines())
+        if old["env"] != options.env or list(dict.fromkeys(r["contestant"] for r in measured)) != names:
+            parser.error(f"{file} is of another task or of other contestants: choose another --name or delete it")
     cores = options.cores or (sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # the measuring processes inherit it
@@ -306,7 +302,8 @@ def main() -> int:
                     header["versions"][library] = f"{known} and {version}"
             records.append({"round": number, "contestant": name, "num_envs": num_envs, **result})
             print(f"round {number}: {name}: {result['sps']:.0f} steps/s", flush=True)
-        write_report(options.results_dir / "speed" / f"{options.name}.jsonl", header, records)  # whole rounds only
+        if options.name:
+            write_report(file, header, records)  # whole rounds only
     print_table(names, records)
     print("versions: " + ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items())))
     return 0

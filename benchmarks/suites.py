@@ -1,10 +1,15 @@
 """What is run: each suite is a list of runs, and a run names only the flags that differ from the defaults of its script."""
 
+import importlib.util
 import itertools
 import re
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 MUJOCO = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
 SECOND_HAND = ("HalfCheetah", "Walker2d", "Swimmer", "Hopper")  # tasks of reference/second_hand_mujoco.csv
 # fmt: off
@@ -17,7 +22,10 @@ ATARI = (  # the 49 games of Table 6
     "Tutankham", "UpNDown", "Venture", "VideoPinball", "WizardOfWor", "Zaxxon",
 )
 # fmt: on
-ATARI_SHORT = {"Breakout": 1_000_000, "Pong": 4_000_000}  # what a CPU can do: game -> steps
+ATARI_SHORT: dict[str, dict[str, Any]] = {  # what a CPU can do: game -> flags
+    "Breakout": {"total_timesteps": 1_000_000},
+    "Pong": {"total_timesteps": 4_000_000},
+}
 SEEDS = (1, 2, 3)
 
 # Steps per second on one core of a 2-core server, for the expected time of a plan where no result says better.
@@ -144,6 +152,17 @@ def option(name: str, value: Any) -> list[str]:
     return [f"--{dashed}", *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
+def load_script(name: str, folder: Path = ROOT) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    return script
+
+
 def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seeds) -> list[Run]:
     """All settings on all tasks, one whole seed after the other."""
     return [
@@ -178,9 +197,7 @@ def make_suite(name: str) -> list[Run]:
         ]
         return sorted(runs, key=lambda run: run.seed)
     if name == "atari-short":
-        return [
-            Run(name, "default", "ppo_atari.py", game, 1, {"total_timesteps": steps}) for game, steps in ATARI_SHORT.items()
-        ]
+        return [Run(name, "default", "ppo_atari.py", game, 1, flags) for game, flags in ATARI_SHORT.items()]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":

@@ -32,7 +32,7 @@ import argparse, json, os, sys, time
 from pathlib import Path
 p = argparse.ArgumentParser()
 p.add_argument("--env"); p.add_argument("--seed", type=int); p.add_argument("--run-dir"); p.add_argument("--resume")
-p.add_argument("--eval-episodes"); p.add_argument("--clip-coef", type=float, default=0.2)
+p.add_argument("--eval-episodes"); p.add_argument("--num-threads"); p.add_argument("--clip-coef", type=float, default=0.2)
 p.add_argument("--total-timesteps", type=int, default=1_000)
 a = p.parse_args()
 d = Path(a.resume or a.run_dir)
@@ -155,13 +155,17 @@ def test_interval_against_all_resamples():
 
 
 def test_statistics_against_rliable():
-    metrics = pytest.importorskip("rliable.metrics")
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(5, 7)), rng.normal(0.3, size=(4, 7))
-    assert stats.mean(x) == pytest.approx(metrics.aggregate_mean(x))
-    assert stats.median(x) == pytest.approx(metrics.aggregate_median(x))
-    assert stats.iqm(x) == pytest.approx(metrics.aggregate_iqm(x))
-    assert stats.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+    """What rliable itself printed for two sets of scores (tests/rliable.json): its requirements are heavier than ours."""
+    stored = json.loads((REPO / "tests/rliable.json").read_text())
+    x, y = np.array(stored["x"]), np.array(stored["y"])
+    for scores, aggregates in ((x, stored["x_aggregates"]), (y, stored["y_aggregates"])):
+        for name, theirs in aggregates.items():
+            aggregate = getattr(stats, name)
+            assert aggregate(scores) == pytest.approx(theirs["value"])
+            assert stats.interval(scores, aggregate) == pytest.approx(theirs["interval"], abs=0.02)  # two random bootstraps
+    theirs = stored["probability_of_improvement"]
+    assert stats.probability_of_improvement(x, y) == pytest.approx(theirs["value"])
+    assert stats.probability_of_improvement_interval(x, y) == pytest.approx(theirs["interval"], abs=0.02)
 
 
 # ----------------------------------------------------------------------------------------------------------- result files
@@ -224,29 +228,67 @@ def test_commit_of_a_script_is_found():
     assert run.find_commit("ppo_continuous.py", "0" * 64) is None
 
 
+def collect(tmp_path, *words):
+    return run.main(["collect", *map(str, words), "--results-dir", str(tmp_path / "res")])
+
+
 def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
     done, cut = write_run(tmp_path / "done"), write_run(tmp_path / "cut", steps=900)
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"global_step": 10')  # a line cut off by a crash
-    words = ["collect", str(done), str(cut), str(tmp_path / "none"), "--suite", "base", "--results-dir", str(tmp_path / "res")]
-    assert run.main(words) == 1
+    assert collect(tmp_path, done, cut, tmp_path / "none", "--suite", "sweep_x") == 1
     captured = capsys.readouterr()
-    assert [p.name for p in (tmp_path / "res" / "base").iterdir()] == ["default__Hopper__1.jsonl.gz"]
+    assert [p.name for p in (tmp_path / "res" / "sweep_x").iterdir()] == ["default__Hopper__1.jsonl.gz"]
     assert "cut is not finished: 900 of 1,050 steps" in captured.err
     assert "none is no run directory" in captured.err
     assert "Hopper, seed 1: 149.5 after 1,000 steps" in captured.out
 
 
-def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path):
+def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
+    folder = write_run(tmp_path / "r")
+    header, *_, last = run.read_jsonl(folder / "metrics.jsonl")
+
+    def collect_with(**args):
+        lines = [header | {"args": header["args"] | args}, last | {"global_step": args["total_timesteps"]}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code = collect(tmp_path, folder, "--suite", "base")
+        return code, capsys.readouterr().err
+
+    assert collect_with(num_steps=2048, total_timesteps=1_000_000) == (0, "")
+    code, err = collect_with(num_steps=2048, total_timesteps=1_000_000, clip_coef=0.9)
+    assert (code, "default__Hopper__1 of the suite base has other settings: clip_coef 0.9 for 0.2" in err) == (1, True)
+    assert "num_steps 100 for 2048" in collect_with(total_timesteps=1_000_000)[1]
+    assert collect(tmp_path, folder, "--suite", "base", "--setting", "clipping 0.9") == 1
+    assert "the suite base has no run clipping_0.9__Hopper__1" in capsys.readouterr().err
+
+
+def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path, capsys):
     cut = write_run(tmp_path / "cut", steps=900)
-    assert run.main(["collect", str(cut), "--suite", "base", "--stopped", "--results-dir", str(tmp_path / "res")]) == 0
-    (file,) = (tmp_path / "res" / "base").iterdir()
+    records = run.summarize(cut, "s", "default", stopped=True)
+    file = run.result_file(tmp_path / "res", "s", "default__Hopper__1")
+    run.write_result(file, records)
     result = run.read_result(file)
     assert result["final"]["global_step"] == result["curve"]["global_step"][-1] == 900
-    planned = suites.Run("base", "default", "ppo_continuous.py", "Hopper", 1, {})
+    planned = suites.Run("s", "default", "ppo_continuous.py", "Hopper", 1, {})
     assert not run.is_finished(planned, tmp_path / "res")
-    run.main(["collect", str(write_run(tmp_path / "done")), "--suite", "base", "--results-dir", str(tmp_path / "res")])
+    assert collect(tmp_path, write_run(tmp_path / "done"), "--suite", "s") == 0
     assert run.is_finished(planned, tmp_path / "res")
+    assert run.collect([cut], "s", "default", tmp_path / "res", stopped=True) == 1  # the finished result stays
+    assert "was stopped early and default__Hopper__1 has a finished result" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        collect(tmp_path, cut, "--suite", "base", "--stopped")
+
+
+def test_jobs_at_a_time(monkeypatch):
+    options = run.make_parser().parse_args(["base", "--gpus", "0,1", "--cores-per-run", "1"])
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert run.jobs_at_a_time(options) == 2
+    options.runs_per_gpu = 3
+    assert run.jobs_at_a_time(options) == 6
+    options.gpus, options.cores_per_run = None, 4
+    assert run.jobs_at_a_time(options) == 4
+    options.jobs = 1
+    assert run.jobs_at_a_time(options) == 1
 
 
 def test_damaged_result_is_named(tmp_path):
@@ -624,8 +666,8 @@ def test_table1_takes_whole_seeds_only_and_waits_for_all_settings(tmp_path):
     assert "| clipping 0.2 | 0.82 |  |  |  | 1, 2 |" in report.table_table1(results)
     fake_results(tmp_path, "table1", ["fixed KL 10"], suites.MUJOCO, (1,), lambda s, e, seed: 0)
     by_run = report.table1_scores(report.Results(tmp_path), "table1", "run")
-    assert by_run["clipping 0.2"].mean() == 1  # the best of whole seeds
-    assert by_run["fixed KL 10"].mean() == 0.5
+    assert by_run["clipping 0.2"].tolist() == [[1.0] * 7]  # seed 1 alone, and Hopper's 90 is of no whole seed
+    assert by_run["fixed KL 10"].tolist() == [[0.5] * 7]
 
 
 def test_effect_of_details(tmp_path):
@@ -649,7 +691,8 @@ def test_games_won(tmp_path):
 
 def test_speed_table(tmp_path):
     (tmp_path / "speed").mkdir()
-    header = {"env": "HalfCheetah", "steps": 1000, "cpu": "test", "cores": [0], "threads": 1, "versions": {"torch": "2"}}
+    header = {"env": "HalfCheetah", "steps": 1000, "cpu": "test", "cores": [0], "threads": 1, "load": 0.1}
+    header["versions"] = {"torch": "2"}
     rates = [("ours", 1, 3000), ("SB3", 1, 500), ("ours", 2, 4000), ("SB3", 2, 500)]
     lines = [header, *({"contestant": c, "round": r, "sps": s} for c, r, s in rates)]
     (tmp_path / "speed" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -668,5 +711,9 @@ def test_short_speed_table_pairs_the_alternations(tmp_path):
     (tmp_path / "speed" / "mujoco.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report.table_speed_short(report.Results(tmp_path))
     assert "| 1 env | 750 [500, 1000] | 150 [100, 200] | 375 [250, 500] | 5.0 [5.0, 5.0] | 2.0 [2.0, 2.0] |" in text
+    without = [x for x in lines if "sbx" not in x.get("contestant", "")]
+    (tmp_path / "speed" / "mujoco.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    text = report.table_speed_short(report.Results(tmp_path))
+    assert "| 8 envs | 750 [500, 1000] | 150 [100, 200] |  | 5.0 [5.0, 5.0] |  |" in text
     (tmp_path / "speed" / "mujoco.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert report.table_speed_short(report.Results(tmp_path)) == "Nothing was measured yet.\n"
