@@ -37,6 +37,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class NonFiniteError(RuntimeError):
     """A loss, observation or reward is NaN or infinite; the command line prints it and exits with 1."""
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class Args:
     # run
@@ -81,15 +87,15 @@ class Args:
     run_dir: str = ""
     """directory of the run; empty: runs/<script>__<env>__<seed>__<time>"""
     checkpoint_every: int = 1000
-    """iterations between checkpoints, at least 1; environments start afresh at each"""
+    """iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes"""
     resume: str = ""
     """continue the run of this checkpoint or run directory, with its settings, to the same last bit"""
     evaluate: str = ""
     """only evaluate this checkpoint or run directory"""
     eval_episodes: int = 10
-    """episodes of the evaluation that ends a run; 0: none"""
+    """episodes of the evaluation that ends a run; 0: none, as for a task that never ends"""
     eval_deterministic: bool = False
-    """evaluate the likeliest action, which can loop for ever in some games; off: sampled actions"""
+    """evaluate the likeliest action, which in some games loops until the time limit; off: sampled actions"""
     capture_video: bool = False
     """record the first evaluation episode as evaluation.gif in the run directory"""
     track: bool = False
@@ -171,8 +177,8 @@ class Args:
     device: str = "auto"
     """device of network and rollout: cpu, cuda, cuda:1; auto: a GPU if there is one. GPUs are untested"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the convolutions; bfloat16 is faster only on GPUs and CPUs that compute in it (AMX)"""
-    num_threads: int = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """of the trunk; bfloat16 is faster only on GPUs and CPUs that compute in it (AMX)"""
+    num_threads: int = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     """CPU threads of torch and of envpool, which take turns, of each rank, at least 1; default: the cores there are"""
 
     @property
@@ -229,13 +235,17 @@ class Args:
             )
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-                raise UsageError(f"device is {self.device}, but torch finds no GPU here: use --device cpu")
-        except RuntimeError as error:
-            raise UsageError(f"device is {self.device}: use auto, cpu, cuda or cuda:1") from error
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device is {self.device}: use auto, cpu, cuda or cuda:1")
+        gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
+        if self.device != "cpu" and int(self.device[5:] or local_rank) >= gpus:
+            raise UsageError(f"device is {self.device}, but torch finds {gpus} GPU(s) here: use --device cpu")
+        if ":" in self.device and self.world_size > 1:
+            raise UsageError(f"device is {self.device}: under torchrun say cuda, and each rank takes its own GPU")
         if self.evaluate and self.world_size > 1:
             raise UsageError("evaluate runs in one process: start it with python, not with torchrun")
+        if self.evaluate and self.eval_episodes < 1:
+            raise UsageError("evaluate plays episodes: set eval_episodes to at least 1")
         if self.capture_video and self.eval_episodes < 1:
             raise UsageError("capture_video records an evaluation episode: set eval_episodes to at least 1")
 
@@ -554,6 +564,23 @@ def describe_run(args: Args) -> dict:
     }
 
 
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds a compiler (of C++; of C for a GPU) and the headers of Python, both of which it needs."""
+    compilers = os.environ.get("CXX", "").split()[:1] or ["g++"] if device == "cpu" else ["cc", "gcc", "clang"]
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def draw(envs: Any) -> Image.Image:
+    """The first of these environments as a picture of 64 colours."""
+    try:
+        frames = envs.render()
+    except NotImplementedError:
+        frames = None
+    if frames is None or frames[0] is None:
+        raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
+    return Image.fromarray(frames[0]).quantize(64)
+
+
 def evaluate(args: Args, checkpoint: dict) -> dict:
     """Plays args.eval_episodes whole games, each in an environment of its own.
 
@@ -574,7 +601,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     step_envs = make_game_step(envs)
     while running.any():
         if args.capture_video and running[0] and lengths[0] % 2 == 0:
-            frames.append(Image.fromarray(envs.render()[0]).quantize(64))
+            frames.append(draw(envs))
         noise = np.ones if args.eval_deterministic else rng.standard_exponential
         with torch.no_grad():
             tensors = (torch.as_tensor(x, device=args.device) for x in (obs, np.float32(noise((len(seeds), num_actions)))))
@@ -619,10 +646,10 @@ def train(args: Args) -> dict:
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=device))
     act: Any = torch.no_grad()(agent.act)
     compute_gradient, adam_step = make_update(agent, args)
-    can_compile = on_gpu or shutil.which(os.environ.get("CXX", "g++").split()[0])
-    if args.compile and not can_compile:
-        tqdm.tqdm.write("warning: no C++ compiler found, so all runs uncompiled, which is slower", sys.stderr)
-    elif args.compile:
+    compiling = args.compile and can_compile(args.device)
+    if args.compile and not compiling:
+        tqdm.tqdm.write("warning: no compiler or no Python.h found, so all runs uncompiled, which is slower", sys.stderr)
+    elif compiling:
         # one shape, one set of args: no guards are needed
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": not on_gpu, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -643,6 +670,9 @@ def train(args: Args) -> dict:
         for tensor, saved in zip(adam, checkpoint["adam"], strict=True):
             tensor.copy_(saved)
         start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
+        for name, size in log_sizes.items():
+            if not (run_dir / name).is_file() or (run_dir / name).stat().st_size < size:
+                raise UsageError(f"{run_dir / name} is missing or shorter than at the checkpoint: --resume needs it")
         recent_returns.extend(checkpoint["recent_returns"])
     else:
         run_dir = Path(args.run_dir)
@@ -660,18 +690,20 @@ def train(args: Args) -> dict:
     logs = {name: open(run_dir / name, "a", buffering=1) for name in names}
     for name, log in logs.items():
         log.truncate(log_sizes.get(name, 0))  # what a killed run wrote after its checkpoint comes again
+        log.seek(0, os.SEEK_END)
     if rank == 0 and not checkpoint:
         logs["metrics.jsonl"].write(json.dumps(describe_run(args)) + "\n")
+    wandb_id = checkpoint.get("wandb_id") if checkpoint else None
     if args.track and rank == 0:
-        wandb.init(
+        wandb_id = wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
             name=run_dir.name,
-            id=run_dir.name,
+            id=wandb_id,  # None: a new one
             resume="allow",
             dir=run_dir,
             config=dataclasses.asdict(args),
-        )
+        ).id
 
     def save(iteration: int):
         for log in logs.values():
@@ -687,6 +719,7 @@ def train(args: Args) -> dict:
             "adam": adam,
             "recent_returns": list(recent_returns),
             "log_sizes": {name: log.tell() for name, log in logs.items()},
+            "wandb_id": wandb_id,
         }  # no random states: they are set anew from (seed, iteration) after every checkpoint
         save_checkpoint(run_dir / "checkpoint.pt", state)
 
@@ -713,7 +746,7 @@ def train(args: Args) -> dict:
         unit_scale=True,
         disable=None if rank == 0 else True,
     )
-    first_iteration, first_step_of_process = start_iteration + 1, global_step
+    first_iteration, first_step_of_process, ended_since_restart = start_iteration + 1, global_step, 0
     warm_time, warm_step = time.perf_counter(), global_step
 
     for iteration in range(first_iteration, args.num_iterations + 1):
@@ -723,11 +756,15 @@ def train(args: Args) -> dict:
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]
 
         # 2 rollout
-        if iteration == first_iteration and args.compile and can_compile and rank == 0:
+        if iteration == first_iteration and compiling and rank == 0:
             tqdm.tqdm.write("compiling: a minute the first time, seconds from the cache", sys.stderr)
         iteration_time, env_seconds = time.perf_counter(), 0.0
         if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
             # [ours: checkpoint_every] environments start afresh, so that a resumed run goes on to the same last bit
+            if iteration > first_iteration and not ended_since_restart and rank == 0:
+                few = f"no episode ended within {args.checkpoint_every * T} steps, after which environments start afresh"
+                tqdm.tqdm.write(f"warning: {few}: raise --checkpoint-every", sys.stderr)
+            ended_since_restart = 0
             envs.close()
             envs, first_obs = make_envs(args, make_seeds(args.seed, iteration, N * world_size)[mine])
             obs[0].copy_(torch.from_numpy(first_obs))
@@ -814,6 +851,7 @@ def train(args: Args) -> dict:
         seconds = now - start_time
         sps = (global_step - warm_step) / max(now - warm_time, 1e-9)  # without start-up and compilation
         recent_returns.extend(r for _, r, _ in ended)
+        ended_since_restart += len(ended)
         record = {
             "charts/learning_rate": learning_rate,
             "charts/clip_coef": clip_coef,
@@ -871,11 +909,14 @@ def parse_args() -> tuple[Args, dict | None]:
         moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
         if not torch.cuda.is_available():
             moved["device"] = "cpu"  # a run of a GPU can be looked at without one
-        saved = Args(**checkpoint["args"] | moved)
+        settings = checkpoint["args"] | moved
+        if paths.evaluate and not settings.get("eval_episodes"):
+            settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
+        saved = Args(**settings)
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
-    free = {"resume", "evaluate", "run_dir", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
+    free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
     changed = [
         f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)

@@ -37,6 +37,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 from collections import deque
@@ -85,13 +86,13 @@ class Args:
     run_dir: str = ""
     """directory of the run; empty: runs/<script>__<env>__<seed>__<time>"""
     checkpoint_every: int = 50
-    """iterations between checkpoints, at least 1; environments start afresh at each"""
+    """iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes"""
     resume: str = ""
     """continue the run of this checkpoint or run directory, with its settings, to the same last bit"""
     evaluate: str = ""
     """only evaluate this checkpoint or run directory, with frozen observation statistics"""
     eval_episodes: int = 10
-    """episodes of the evaluation that ends a run; 0: none"""
+    """episodes of the evaluation that ends a run; 0: none, as for a task that never ends"""
     eval_deterministic: bool = True
     """evaluate the likeliest action; off: sampled actions"""
     capture_video: bool = False
@@ -220,11 +221,13 @@ class Args:
                 f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps = "
                 f"{self.batch_size} steps: raise it or shorten the rollout"
             )
-        try:
-            if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-                raise UsageError(f"device is {self.device}, but torch finds no GPU here: use --device cpu")
-        except RuntimeError as error:
-            raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1") from error
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
+        gpus = torch.cuda.device_count()
+        if self.device != "cpu" and int(self.device[5:] or 0) >= gpus:
+            raise UsageError(f"device is {self.device}, but torch finds {gpus} GPU(s) here: use --device cpu")
+        if self.evaluate and self.eval_episodes < 1:
+            raise UsageError("evaluate plays episodes: set eval_episodes to at least 1")
         if self.capture_video and self.eval_episodes < 1:
             raise UsageError("capture_video records an evaluation episode: set eval_episodes to at least 1")
 
@@ -251,7 +254,7 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
     end ignores its action and returns the first observation of the next episode, with reward 0.
     """
     env_id, in_envpool = find_env(name)
-    render_mode = "rgb_array" if render else None
+    drawn: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
     if in_envpool:
         if render and sys.platform == "linux" and not ctypes.util.find_library("EGL"):
             raise UsageError("capture_video needs OpenGL: install libEGL (on Debian: apt-get install libegl1)")
@@ -262,16 +265,20 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
             num_envs=len(seeds),
             seed=seeds,
             num_threads=min(num_threads, len(seeds)),
-            render_mode=render_mode,
+            **drawn,
             **size,
         )
     else:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie where the user stands
         try:
-            envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", render_mode=render_mode)
-        except (ModuleNotFoundError, gymnasium.error.Error) as error:
+            envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", **drawn)
+        except (ImportError, gymnasium.error.Error) as error:
             raise UsageError(f"cannot make environment {name}: {error}") from error
+        except TypeError as error:
+            if not render:
+                raise
+            raise UsageError(f"capture_video needs an environment that draws itself: {error}") from error
     if not isinstance(envs.single_action_space, gymnasium.spaces.Box):
         raise UsageError(
             f"{env_id} has the action space {envs.single_action_space}; this script needs a Box: use ppo_shared_params.py"
@@ -620,6 +627,23 @@ def describe_run(args: Args) -> dict:
     }
 
 
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds a compiler (of C++; of C for a GPU) and the headers of Python, both of which it needs."""
+    compilers = os.environ.get("CXX", "").split()[:1] or ["g++"] if device == "cpu" else ["cc", "gcc", "clang"]
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def draw(envs: Any) -> Image.Image:
+    """The first of these environments as a picture of 64 colours."""
+    try:
+        frames = envs.render()
+    except NotImplementedError:
+        frames = None
+    if frames is None or frames[0] is None:
+        raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
+    return Image.fromarray(frames[0]).quantize(64)
+
+
 def evaluate(args: Args, checkpoint: dict) -> dict:
     """Plays args.eval_episodes episodes, each in an environment of its own, with frozen observation statistics.
 
@@ -641,7 +665,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     running = np.ones(len(seeds), dtype=bool)
     while running.any():
         if args.capture_video and running[0] and lengths[0] % 2 == 0:
-            frames.append(Image.fromarray(envs.render()[0]).quantize(64))
+            frames.append(draw(envs))
         obs = normalize_obs(raw_obs.reshape(len(seeds), -1), obs_rms, args)
         action, std = policy(obs)
         if not args.eval_deterministic:
@@ -671,7 +695,9 @@ def train(args: Args) -> dict:
 
     # the environment's spaces decide the sizes of all that follows
     T, N = args.num_steps, args.num_envs
-    envs, _ = make_envs(args.env, make_seeds(args.seed, 0, N), args.num_threads)
+    envs, _ = make_envs(args.env, make_seeds(args.seed, 0, N), args.num_threads, render=args.capture_video)
+    if args.capture_video:
+        draw(envs)  # what cannot be drawn is better known now than after the training
     action_space, obs_dim = envs.single_action_space, math.prod(envs.single_observation_space.shape)
     low, high, action_dim = action_space.low.flatten(), action_space.high.flatten(), math.prod(action_space.shape)
     agent = Agent(obs_dim, action_dim, args.weight_init, args.state_independent_std).to(args.device)
@@ -681,10 +707,12 @@ def train(args: Args) -> dict:
     obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
     return_rms = RunningMeanStd(())
     update = make_update(agent, args)
-    can_compile = args.device != "cpu" or shutil.which(os.environ.get("CXX", "g++").split()[0])
-    if args.compile and not can_compile:
-        tqdm.tqdm.write("warning: no C++ compiler found, so the update runs uncompiled, several times slower", sys.stderr)
-    elif args.compile:
+    compiling = args.compile and can_compile(args.device)
+    if args.compile and not compiling:
+        tqdm.tqdm.write(
+            "warning: no compiler or no Python.h found, so the update runs uncompiled, several times slower", sys.stderr
+        )
+    elif compiling:
         # one shape, one set of args: no guards are needed, and they take a fifth of the time of a call
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -719,18 +747,20 @@ def train(args: Args) -> dict:
     logs = {name: open(run_dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
     for name, log in logs.items():
         log.truncate(log_sizes.get(name, 0))  # what a killed run wrote after its checkpoint comes again
+        log.seek(0, os.SEEK_END)
     if not checkpoint:
         logs["metrics.jsonl"].write(json.dumps(describe_run(args)) + "\n")
+    wandb_id = checkpoint.get("wandb_id") if checkpoint else None
     if args.track:
-        wandb.init(
+        wandb_id = wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
             name=run_dir.name,
-            id=run_dir.name,
+            id=wandb_id,  # None: a new one
             resume="allow",
             dir=run_dir,
             config=dataclasses.asdict(args),
-        )
+        ).id
 
     def save(iteration: int):
         for log in logs.values():
@@ -748,6 +778,7 @@ def train(args: Args) -> dict:
             "recent_returns": list(recent_returns),
             "kl_coef": kl_coef,
             "log_sizes": {name: log.tell() for name, log in logs.items()},
+            "wandb_id": wandb_id,
         }  # no random states: they are set anew from (seed, iteration) after every checkpoint
         save_checkpoint(run_dir / "checkpoint.pt", state)
 
@@ -765,7 +796,7 @@ def train(args: Args) -> dict:
     terminated, truncated = np.zeros((T, N), dtype=bool), np.zeros((T, N), dtype=bool)
     valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
     bar = tqdm.tqdm(total=args.num_iterations * N * T, initial=global_step, unit="step", unit_scale=True, disable=None)
-    first_iteration, first_step_of_process = start_iteration + 1, global_step
+    first_iteration, first_step_of_process, ended_since_restart = start_iteration + 1, global_step, 0
     warm_time, warm_step = time.perf_counter(), global_step
 
     for iteration in range(first_iteration, args.num_iterations + 1):
@@ -777,6 +808,10 @@ def train(args: Args) -> dict:
         # 2 rollout
         if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
             # [ours: checkpoint_every] environments start afresh, so that a resumed run goes on to the same last bit
+            if iteration > first_iteration and not ended_since_restart:
+                few = f"no episode ended within {args.checkpoint_every * T} steps, after which environments start afresh"
+                tqdm.tqdm.write(f"warning: {few}: raise --checkpoint-every", sys.stderr)
+            ended_since_restart = 0
             envs.close()
             envs, first_obs = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
             raw_obs[0] = first_obs.reshape(N, obs_dim)
@@ -840,7 +875,7 @@ def train(args: Args) -> dict:
         batch = (b_obs[: T * N], b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid, b_means, b_stds)
 
         # 4 update
-        if iteration == first_iteration and args.compile and can_compile:
+        if iteration == first_iteration and compiling:
             tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
         hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef, kl_coef)]
         infos = []
@@ -866,6 +901,7 @@ def train(args: Args) -> dict:
         seconds = time.perf_counter() - start_time
         sps = (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9)  # without start-up and compilation
         recent_returns.extend(r for _, r, _ in ended)
+        ended_since_restart += len(ended)
         record = {
             "charts/learning_rate": learning_rate,
             "charts/clip_coef": clip_coef,
@@ -921,11 +957,14 @@ def parse_args() -> tuple[Args, dict | None]:
         moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
         if not torch.cuda.is_available():
             moved["device"] = "cpu"  # a run of a GPU can be looked at without one
-        saved = Args(**checkpoint["args"] | moved)
+        settings = checkpoint["args"] | moved
+        if paths.evaluate and not settings.get("eval_episodes"):
+            settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
+        saved = Args(**settings)
     except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
     args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
-    free = {"resume", "evaluate", "run_dir", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
+    free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
     changed = [
         f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)

@@ -31,7 +31,7 @@ class Point(gymnasium.Env):
 class ConstantReward(gymnasium.Env):
     """Reward 1 at every step and no termination; obs: one-hot (8,) of the time, the final observation as the one before."""
 
-    def __init__(self, render_mode: str | None = None):
+    def __init__(self):  # no render_mode, as in many environments of users
         self.observation_space, self.action_space = Box(0, 1, (TIME_LIMIT,)), Box(-1, 1, (1,))
 
     def observe(self):
@@ -52,7 +52,7 @@ class NaNAfter(gymnasium.Env):
 
     steps_taken = 0
 
-    def __init__(self, after: int, where: str, render_mode: str | None = None):
+    def __init__(self, after: int, where: str):
         self.after, self.where = after, where
         self.observation_space, self.action_space = Box(-np.inf, np.inf, (1,)), Box(-1, 1, (1,))
 

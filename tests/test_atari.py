@@ -561,9 +561,37 @@ def test_bad_input_gives_one_sentence(command_line, words, message):
 
 def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="torch finds no GPU here"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match=r"torch finds 0 GPU\(s\) here"):
         tiny_args(device="cuda")
     assert tiny_args(device="auto").device == "cpu"
+
+
+def test_ranks_and_gpus_must_match(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert tiny_args(device="cuda:1").device == "cuda:1"
+    with pytest.raises(UsageError, match=r"device is cuda:2, but torch finds 2 GPU\(s\) here"):
+        tiny_args(device="cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="under torchrun say cuda, and each rank takes its own GPU"):
+        tiny_args(device="cuda:1", total_timesteps=640)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="finds 2 GPU"):
+        tiny_args(device="cuda", total_timesteps=640)
+
+
+def test_resume_without_the_logs_is_refused(command_line):
+    ppo_atari.train(tiny_args(total_timesteps=16))
+    Path("run/metrics.jsonl").unlink()
+    code, _, err = command_line("--resume", "run", "--total-timesteps", 32)
+    assert code == 2
+    assert "run/metrics.jsonl is missing or shorter than at the checkpoint: --resume needs it" in err
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_threads_are_those_of_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert ppo_atari.count_cores() == 1
 
 
 def test_ranks_do_not_evaluate_together(monkeypatch):

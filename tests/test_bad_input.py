@@ -77,7 +77,15 @@ def fails(monkeypatch, capsys):
         ({"target_kl": -0.01}, r"target_kl is -0.01: it must be above 0, or None"),
         ({"target_kl": "nan"}, r"target_kl is nan"),
         ({"device": "toaster"}, r"device is toaster: use cpu, cuda or cuda:1"),
+        ({"device": "meta"}, r"device is meta: use cpu, cuda or cuda:1"),
+        ({"device": "cpu:0"}, r"device is cpu:0: use cpu, cuda or cuda:1"),
         ({"capture_video": True, "eval_episodes": 0}, r"capture_video records an evaluation episode"),
+        ({"capture_video": True, "eval_episodes": 1}, r"capture_video needs an environment that draws itself"),
+        (
+            {"capture_video": True, "eval_episodes": 1, "env": "envs:ConstantReward-v0"},
+            r"capture_video needs an environment that draws itself: .*unexpected keyword argument 'render_mode'",
+        ),
+        ({"env": "Hopper-v2"}, r"cannot make environment Hopper-v2: .*mujoco"),
         ({"resume": "nowhere"}, r"there is no checkpoint nowhere"),
         ({"evaluate": "nowhere/checkpoint.pt"}, r"there is no checkpoint nowhere/checkpoint.pt"),
     ],
@@ -88,7 +96,7 @@ def test_one_sentence(fails, changes, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_asked_for_where_there_is_none(fails):
-    assert "device is cuda:0, but torch finds no GPU here: use --device cpu" in fails(*tiny_flags(device="cuda:0"))
+    assert "device is cuda:0, but torch finds 0 GPU(s) here: use --device cpu" in fails(*tiny_flags(device="cuda:0"))
 
 
 @pytest.mark.parametrize("words", [["--no-such-flag", "1"], ["--learning-rate", "fast"], ["--weight-init", "zeros"]])
@@ -208,3 +216,10 @@ def test_resume_of_a_run_whose_logs_are_gone(fails, capsys):
     assert "copy/metrics.jsonl is missing or shorter than at the checkpoint" in fails("--resume", "copy")
     (Path("run") / "episodes.jsonl").write_text("")
     assert "run/episodes.jsonl is missing or shorter than at the checkpoint" in fails("--resume", "run/checkpoint.pt")
+
+
+def test_a_saved_run_stays_in_its_directory_and_an_evaluation_plays(fails, capsys):
+    train(tiny_args())
+    capsys.readouterr()
+    assert "leave out --run-dir, or start a new run" in fails("--resume", "run", "--run-dir", "elsewhere")
+    assert "evaluate plays episodes: set eval_episodes to at least 1" in fails("--evaluate", "run", "--eval-episodes", 0)

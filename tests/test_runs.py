@@ -42,7 +42,7 @@ def test_same_seed_same_bits_other_seed_other_numbers():
     assert Path("a/episodes.jsonl").read_bytes() == Path("b/episodes.jsonl").read_bytes()
     assert len(read_jsonl("a/episodes.jsonl")) > 3
     a, b, c = (read_checkpoint(run_dir) for run_dir in "abc")
-    for key in a.keys() - {"args", "log_sizes"}:
+    for key in a.keys() - {"args", "log_sizes", "wandb_id"}:
         assert equal(a[key], b[key]), key
         if key not in ("kind", "iteration", "global_step"):
             assert not equal(a[key], c[key]), key
@@ -209,13 +209,25 @@ def test_gif_of_mujoco(command_line):
         assert np.asarray(gif.convert("L")).std() > 1  # shows something
 
 
-def test_without_a_compiler_one_line_warns_and_the_run_is_the_eager_one(command_line, monkeypatch):
+def test_evaluation_of_a_run_without_one_plays_the_default_number(command_line):
+    train(tiny_args(eval_episodes=0))
+    code, out, _ = command_line("--evaluate", "run")
+    assert code == 0
+    assert "over 10 episodes" in out
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_compiler_one_line_warns_and_the_run_is_the_eager_one(command_line, monkeypatch, missing):
     train(tiny_args("eager"))
-    monkeypatch.setenv("CXX", "/nonexistent")
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", "/nonexistent")
+    else:
+        monkeypatch.setenv("CXX", "")  # the default one
+        monkeypatch.setattr(ppo_continuous.sysconfig, "get_path", lambda name: "/nonexistent")
     code, _, err = command_line(*tiny_flags("run", compile=True))
     assert code == 0
     assert [line for line in err.splitlines() if "compil" in line] == [
-        "warning: no C++ compiler found, so the update runs uncompiled, several times slower"
+        "warning: no compiler or no Python.h found, so the update runs uncompiled, several times slower"
     ]
     assert torch.equal(read_checkpoint("run")["theta"], read_checkpoint("eager")["theta"])
 
@@ -261,6 +273,16 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on():
     assert [r["iteration"] for r in read_jsonl("run/metrics.jsonl")[1:]] == list(range(1, reached + 41))
 
 
+def test_restarts_that_leave_no_time_for_an_episode_are_reported(command_line):
+    """The episodes of Point last up to 20 steps, those of ConstantReward 8."""
+    short = {"env": "envs:ConstantReward-v0", "num_steps": 4, "total_timesteps": 4 * 8, "checkpoint_every": 1}
+    code, _, err = command_line(*tiny_flags("short", **short))
+    assert code == 0
+    assert err.count("warning: no episode ended within 4 steps, after which environments start afresh: raise --ch") == 3
+    code, _, err = command_line(*tiny_flags("long", **short | {"checkpoint_every": 3}))
+    assert "no episode ended" not in err
+
+
 def test_wandb_offline():
     done = run_script(*tiny_flags("run", track=True), WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
@@ -269,3 +291,16 @@ def test_wandb_offline():
     for key in ("losses/value_loss", "losses/approx_kl", "charts/learning_rate", "charts/episodic_return", "charts/SPS"):
         assert key.encode() in text, key
     assert len(read_jsonl("run/metrics.jsonl")) == 5
+
+
+def test_wandb_run_has_an_id_of_its_own_that_a_resumed_run_keeps():
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for folder in ("a/same_name", "b/same_name"):
+        assert run_script(*tiny_flags(folder, track=True), **offline).returncode == 0
+    ids = [read_checkpoint(folder)["wandb_id"] for folder in ("a/same_name", "b/same_name")]
+    assert ids[0] != ids[1]
+    done = run_script("--resume", "a/same_name", "--total-timesteps", "320", **offline)
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint("a/same_name")["wandb_id"] == ids[0]
+    runs = Path("a/same_name/wandb").glob("offline-run-*")
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {ids[0]}

@@ -92,6 +92,15 @@ class Masked(RandomEndsDiscrete):
         return obs, *outcome, info
 
 
+class MaskedAtFirst(Masked):
+    """Gives its mask in the info of a reset alone; later all choices are valid."""
+
+    def step(self, action):
+        self.mask = self.mask | True
+        obs, *outcome, _ = super().step(action)
+        return obs, *outcome, {}
+
+
 class Recall(gymnasium.Env):
     """Reward 1 for repeating at the fourth step the sign seen at the first: 0.5 without memory, 1 with it."""
 
@@ -122,6 +131,7 @@ register("RandomEndsBox-v0", RandomEndsDiscrete, kwargs={"action_space": Box(np.
 register("RandomEndsBinary-v0", RandomEndsDiscrete, kwargs={"action_space": MultiBinary(3)})
 register("RandomEndsUnbounded-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-np.inf, np.inf, (2,))})
 register("MaskedInfo-v0", Masked, kwargs={"place": "info"})
+register("MaskedAtFirst-v0", MaskedAtFirst)
 register("MaskedObservation-v0", Masked, kwargs={"place": "observation"})
 register("Recall-v0", Recall)
 
@@ -253,6 +263,13 @@ def test_aux_action_masks_are_obeyed(env, lstm, trace):
         assert record["masks"].gather(2, record["actions"].unsqueeze(2)).all()
         assert 0.2 < record["masks"].float().mean() < 0.5  # of 2 x 5
         assert record["obs"].shape[1] == 4  # the mask is no observation
+
+
+def test_aux_action_masks_that_a_step_leaves_out_allow_all(trace):
+    for record in trace(tiny(env="MaskedAtFirst-v0", num_envs=4, num_steps=8, total_timesteps=2 * 32)):
+        choices = record["masks"].view(8, 4, 10).sum(2)
+        assert choices[1:].eq(3 + 5).float().mean() > 0.5  # the others are resets
+        assert (choices[0] < 3 + 5).any()
 
 
 @pytest.mark.slow
