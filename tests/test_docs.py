@@ -108,6 +108,7 @@ def test_command_parses(command, monkeypatch, capsys):
     path = ROOT / command.script
     assert path.exists(), f"{command.document} names {command.script}, which does not exist"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the reader may have a GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if command.script in SCRIPTS:
         if "--help" in command.words:
             with pytest.raises(SystemExit) as stopped:
