@@ -178,13 +178,13 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
     planned = next((r for r in suites.make_suite(suite) if (r.suite, r.name) == (suite, name)), None)
     if planned is None:
         raise RunnerError(f"the suite {suite} has no run {name}")
-    if planned.peer:
-        expected = planned.flags
-    else:
+    expected = planned.flags
+    if not planned.peer:
         import tyro
 
-        script = suites.load_script(Path(planned.script).stem)
-        expected = dataclasses.asdict(tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"]))
+        script = sys.modules.get(Path(planned.script).stem) or suites.load_script(Path(planned.script).stem)
+        args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
+        expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
     other = [k for k in sorted(set(expected) & set(header["args"]) - LOCAL - MACHINE) if expected[k] != header["args"][k]]
     if other or header["script"] != Path(planned.script).name:
         differing = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]

@@ -262,6 +262,14 @@ def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
     assert "the suite base has no run clipping_0.9__Hopper__1" in capsys.readouterr().err
 
 
+def test_every_stored_result_has_the_settings_of_its_suite():
+    headers = [run.read_result(file)["header"] for file in (REPO / "benchmarks/results").glob("*/*.jsonl.gz")]
+    assert headers
+    for header in headers:
+        if header["suite"] in suites.SUITES:
+            assert run.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
+
+
 def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path, capsys):
     cut = write_run(tmp_path / "cut", steps=900)
     records = run.summarize(cut, "s", "default", stopped=True)
