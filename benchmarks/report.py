@@ -314,10 +314,7 @@ KL_SETTING, KL_TARGET = "adaptive KL 0.01", 0.01
 
 
 def table_kl_penalty(results: Results) -> str:
-    """Clipping beside the adaptive penalty, and how far the measured KL is from its target.
-
-    A run keeps its KL at 100 points, each a mean over the updates since the last one: about five.
-    """
+    """Clipping beside the adaptive penalty, and how far the measured KL of an update is from its target."""
     rows = []
     for env in suites.MUJOCO:
         clip, penalty = results.scores("base", "default", env), results.scores("table1-details", KL_SETTING, env)
@@ -325,8 +322,8 @@ def table_kl_penalty(results: Results) -> str:
             rows.append([f"{env}-v4", results.cell("base", "default", env), "", "", "", ""])
             continue
         group = results.runs["table1-details", KL_SETTING, env]
-        curves = [r["curve"]["kl"] for r in group.values()]
-        late = [x for kls in curves for x in kls[len(kls) // 10 :] if x is not None]  # after the first tenth of training
+        updates = [r["curve"]["kl_of_updates"] for r in group.values()]
+        late = [x for kls in updates for x in kls[len(kls) // 10 :]]  # after the first tenth of training
         low = results.random[env]["mean"] if env in results.random else None
         ratio = "" if low is None else f"{(penalty.mean() - low) / (clip.mean() - low):.1%}"
         inside = np.mean([1 / 3 <= x / KL_TARGET <= 3 for x in late])
@@ -340,7 +337,7 @@ def table_kl_penalty(results: Results) -> str:
         KL_SETTING,
         "penalty / clipping, random policy 0",
         "median KL",
-        "hundredths within a factor of 3 of the target",
+        "updates within a factor of 3 of the target",
     ]
     return markdown(head, rows)
 

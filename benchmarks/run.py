@@ -72,7 +72,8 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     """The three records of a result file, from the logs of a finished run: header, final scores, thinned curve.
 
     The curve is the mean return of the last 100 episodes that had ended by each of 100 evenly spaced steps; None before
-    the first. Runs with a KL penalty also keep their measured KL. stopped: a run that was stopped early will do too.
+    the first. Runs with a KL penalty also keep their measured KL: means between these steps, and that of every update.
+    stopped: a run that was stopped early will do too.
     """
     try:
         header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
@@ -91,7 +92,7 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     ended = 0
     penalized = bool(iterations) and "losses/kl" in iterations[0]  # ppo_kl_penalty.py: the exact KL of each update
     if penalized:
-        curve["kl"] = []
+        curve["kl"], curve["kl_of_updates"] = [], [round(r["losses/kl"], 6) for r in iterations]
     for k in range(1, CURVE_POINTS + 1):
         step = last_step * k // CURVE_POINTS
         while ended < len(steps) and steps[ended] <= step:
