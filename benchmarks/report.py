@@ -47,7 +47,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def with_extremes(values: np.ndarray, digits: int) -> str:
-    """Median [least, most] of alternations."""
+    """Median [min, max] of alternations."""
     return f"{np.median(values):.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
 
 
@@ -126,7 +126,7 @@ class Results:
             else f"{h['script']} with sha256 {h['script_sha256'][:10]}"
             for h in headers
         )
-        return f"\n{len(headers)} runs; {machines}; {versions}; {scripts}.\n"
+        return f"\n{len(headers)} run{'s' if len(headers) > 1 else ''}; {machines}; {versions}; {scripts}.\n"
 
 
 def table_base(results: Results) -> str:
@@ -157,7 +157,10 @@ ALGORITHMS = {"PPO": ("base", "default"), "TRPO": ("figure3", "TRPO"), "A2C": ("
 
 def table_figure3(results: Results) -> str:
     rows = [[f"{env}-v4", *(results.cell(*key, env) for key in ALGORITHMS.values())] for env in suites.MUJOCO]
-    return markdown(["task", *ALGORITHMS], rows) + results.footer("figure3")
+    peers = any(suite == "figure3" for suite, _, _ in results.runs)
+    return markdown(["task", *ALGORITHMS], rows) + (
+        results.footer("figure3") if peers else "\nTRPO and A2C have not been run yet.\n"
+    )
 
 
 def table_second_hand(results: Results) -> str:
@@ -270,7 +273,7 @@ def table_atari_short(results: Results) -> str:
                 steps += f" (stopped; of {flags['total_timesteps']:,})"
             hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
         beyond = " ".join(x for k, v in flags.items() if k != "total_timesteps" for x in suites.option(k, v))
-        steps = steps or f"(of {flags['total_timesteps']:,})"
+        steps = steps or f"(planned: {flags['total_timesteps']:,})"
         rows.append([game, results.cell("atari-short", "default", game), seeds, steps, hours, beyond])
     head = ["game", "score, last 100 games", "seeds", "steps", "hours", "flags"]
     return markdown(head, rows) + results.footer("atari-short")
@@ -398,7 +401,7 @@ def table_speed(results: Results) -> str:
             values = np.array(list(by_round.values()))
             ratios = np.array([rates[first][r] / by_round[r] for r in by_round if r in rates[first]])
             rows.append([contestant, with_extremes(values, 0), with_extremes(ratios, 2), str(len(values))])
-        head = [header["env"], "steps/s, median [least, most]", f"{first} / this", "alternations"]
+        head = [header["env"], "steps/s, median [min, max]", f"{first} / this", "alternations"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
         text += f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n" + markdown(head, rows)
         text += (
@@ -659,7 +662,7 @@ def main(argv: list[str]) -> int:
         tables: dict[str, Callable[[], str]] = {name: functools.partial(table, results) for name, table in TABLES.items()}
         for name, (title, make_data, draw) in PLOTS.items():
             data, file = make_data(results), options.plots_dir / f"{name}.svg"
-            link = f"![{title}](plots/{file.name})\n" if data else "Nothing was run yet.\n"
+            link = f"![{title}](plots/{file.name})\n" if data else "(No plot yet.)\n"
             tables[f"plot_{name}"] = functools.partial(str, link)
             if not data and file.is_file():
                 stale.append(file)

@@ -231,7 +231,7 @@ def write_report(file: Path, header: dict, records: list[dict]):
 def print_table(names: list[str], records: list[dict]):
     rates = {name: {r["round"]: r["sps"] for r in records if r["contestant"] == name} for name in names}
     first = names[0]
-    print(f"\n{'':40} {'steps/s: median [least, most]':>32}   {first} / this: median [least, most]")
+    print(f"\n{'':40} {'steps/s: median [min, max]':>32}   {first} / this: median [min, max]")
     for name in names:
         values, ratios = list(rates[name].values()), [rates[first][r] / rates[name][r] for r in rates[name]]
         spread = f"{statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}]"

@@ -194,3 +194,18 @@ def test_training_command_of_the_docstring_runs(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command.script, "--evaluate", "run", "--eval-episodes", "1"])
     SCRIPTS[command.script].main()
     assert "over 1 episodes" in capsys.readouterr().out
+
+
+def test_code_in_the_readme_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    ppo_continuous = SCRIPTS["ppo_continuous.py"]
+    ppo_continuous.train(
+        ppo_continuous.Args(
+            env="Walker2d", run_dir="runs/walker", total_timesteps=64, num_steps=64, compile=False, eval_episodes=0
+        )
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["mean_action"].shape == (1, 6)
+    assert names["standard_deviation"].shape[-1] == 6
