@@ -58,7 +58,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 gc.enable()
-gc.freeze()  # nor is there any in what they leave
+gc.freeze()  # nor need it ever look at what they have loaded
 KIND = "ppo_atari"  # of checkpoints; stays when the file is renamed
 
 
@@ -89,7 +89,8 @@ class Args:
     checkpoint_every: int = 1000
     """iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes"""
     resume: str = ""
-    """continue the run of this checkpoint or run directory, with its settings, to the same last bit"""
+    """continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
+    changed with it, and annealing then runs to the new end"""
     evaluate: str = ""
     """only evaluate this checkpoint or run directory"""
     eval_episodes: int = 10
@@ -458,7 +459,7 @@ def ppo_loss(
         "value_loss": value_loss,
         "entropy": entropy_loss,
         "old_approx_kl": masked_mean(-logratio, valid),
-        "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # the low-variance estimator of Schulman 2020
+        "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # never negative, of low variance (Schulman 2020)
         "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
     }
     return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info  # [detail 10]
@@ -499,7 +500,7 @@ def make_update(agent: Agent, args: Args):
         step.add_(1)
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
-        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()
+        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()  # 1 - 0.999 loses digits in float32
         bias2 = (1 - 0.999 ** step.double()).float()
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [detail 03]
         return grad_norm
@@ -584,8 +585,8 @@ def draw(envs: Any) -> Image.Image:
 def evaluate(args: Args, checkpoint: dict) -> dict:
     """Plays args.eval_episodes whole games, each in an environment of its own.
 
-    Returns {"returns": [...], "lengths": [...]}: raw rewards summed, agent steps. With args.capture_video the first game
-    goes to args.run_dir/evaluation.gif.
+    Returns {"returns": [...], "lengths": [...], "deterministic": bool}, raw rewards summed and agent steps, and writes it
+    to args.run_dir/evaluation.json; with args.capture_video the first game goes to evaluation.gif beside it.
     """
     drawing = ", drawing the first" if args.capture_video else ""
     tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
@@ -600,7 +601,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     running, resetting = np.ones(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=bool)
     step_envs = make_game_step(envs)
     while running.any():
-        if args.capture_video and running[0] and lengths[0] % 2 == 0:
+        if args.capture_video and running[0] and lengths[0] % 2 == 0:  # every other step, 40 ms each
             frames.append(draw(envs))
         noise = np.ones if args.eval_deterministic else rng.standard_exponential
         with torch.no_grad():
@@ -614,7 +615,9 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     envs.close()
     if args.capture_video:
         frames[0].save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=frames[1:], duration=40, loop=0)
-    return {"returns": returns.tolist(), "lengths": lengths.tolist()}
+    result = {"returns": returns.tolist(), "lengths": lengths.tolist(), "deterministic": args.eval_deterministic}
+    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result) + "\n")
+    return result
 
 
 def train(args: Args) -> dict:
@@ -650,7 +653,8 @@ def train(args: Args) -> dict:
     if args.compile and not compiling:
         tqdm.tqdm.write("warning: no compiler or no Python.h found, so all runs uncompiled, which is slower", sys.stderr)
     elif compiling:
-        # one shape, one set of args: no guards are needed
+        # no guards, which check at every call that arguments are as they were: here shapes and args never change, and a
+        # changed one would go unnoticed. The C++ wrapper calls kernels from C++ instead of Python.
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": not on_gpu, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         options["triton.cudagraphs"] = on_gpu
@@ -812,6 +816,7 @@ def train(args: Args) -> dict:
 
         # 4 update
         update_time = time.perf_counter()
+        # tensors, because the compiled function would keep the first value of a Python number
         hyper = [torch.tensor(x, dtype=torch.float64, device=device) for x in (learning_rate, clip_coef)]
         infos = []
         for _ in range(args.update_epochs):
@@ -882,6 +887,7 @@ def train(args: Args) -> dict:
         "run_dir": str(run_dir),
         "global_step": global_step,
         "episodic_return": float(np.mean(recent_returns)) if recent_returns else math.nan,
+        "episodes": len(recent_returns),
         "seconds": seconds,
         "sps": (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9),
         "sps_with_startup": (global_step - first_step_of_process) / seconds,
@@ -906,10 +912,9 @@ def parse_args() -> tuple[Args, dict | None]:
         return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
-        moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        if not torch.cuda.is_available():
-            moved["device"] = "cpu"  # a run of a GPU can be looked at without one
-        settings = checkpoint["args"] | moved
+        settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
+        if int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
+            settings["device"] = "cpu"  # a run of a GPU can be looked at without that GPU
         if paths.evaluate and not settings.get("eval_episodes"):
             settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
         saved = Args(**settings)
@@ -941,9 +946,9 @@ def main():
             if args.rank > 0:
                 return
             print(
-                f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last 100 games after "
-                f"{result['global_step']:,} steps in {result['seconds']:.0f} s, {result['sps']:.0f} steps/s "
-                f"({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
+                f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last "
+                f"{result['episodes']} games after {result['global_step']:,} steps in "
+                f"{result['seconds']:.0f} s, {result['sps']:.0f} steps/s ({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
             )
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]

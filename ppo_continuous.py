@@ -59,7 +59,7 @@ from torch import nn
 from torch.distributions import Normal
 
 gc.enable()
-gc.freeze()  # nor is there any in what they leave
+gc.freeze()  # nor need it ever look at what they have loaded
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
 
@@ -88,7 +88,8 @@ class Args:
     checkpoint_every: int = 50
     """iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes"""
     resume: str = ""
-    """continue the run of this checkpoint or run directory, with its settings, to the same last bit"""
+    """continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
+    changed with it, and annealing then runs to the new end"""
     evaluate: str = ""
     """only evaluate this checkpoint or run directory, with frozen observation statistics"""
     eval_episodes: int = 10
@@ -506,7 +507,7 @@ def ppo_loss(
         "value_loss": value_loss,
         "entropy": entropy_loss,
         "old_approx_kl": masked_mean(-logratio, valid),
-        "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # the low-variance estimator of Schulman 2020
+        "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # never negative, of low variance (Schulman 2020)
         "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
     }
     return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info  # [detail 10]
@@ -542,7 +543,7 @@ def make_update(agent: Agent, args: Args):
         step.add_(1)
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
-        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()
+        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()  # 1 - 0.999 loses digits in float32
         bias2 = (1 - 0.999 ** step.double()).float()
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [detail 03]
         return {**info, "grad_norm": grad_norm}
@@ -616,8 +617,8 @@ def draw(envs: Any) -> Image.Image:
 def evaluate(args: Args, checkpoint: dict) -> dict:
     """Plays args.eval_episodes episodes, each in an environment of its own, with frozen observation statistics.
 
-    Returns {"returns": [...], "lengths": [...]}: raw rewards summed, steps. With args.capture_video the first episode
-    goes to args.run_dir/evaluation.gif.
+    Returns {"returns": [...], "lengths": [...], "deterministic": bool}, raw rewards summed and steps, and writes it to
+    args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif beside it.
     """
     drawing = ", drawing the first" if args.capture_video else ""
     tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
@@ -633,7 +634,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     returns, lengths, frames = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int), []
     running = np.ones(len(seeds), dtype=bool)
     while running.any():
-        if args.capture_video and running[0] and lengths[0] % 2 == 0:
+        if args.capture_video and running[0] and lengths[0] % 2 == 0:  # every other step, 40 ms each
             frames.append(draw(envs))
         obs = normalize_obs(raw_obs.reshape(len(seeds), -1), obs_rms, args)
         action, std = policy(obs)
@@ -641,7 +642,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
             action = action + std * rng.standard_normal(action.shape)
         action = action.reshape(len(seeds), *low.shape)
         if args.clip_actions:
-            action = np.minimum(np.maximum(action, low), high)
+            action = action.clip(low, high)
         raw_obs, reward, terminated, truncated, _ = envs.step(action)
         returns += reward * running
         lengths += running
@@ -649,7 +650,9 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     envs.close()
     if args.capture_video:
         frames[0].save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=frames[1:], duration=40, loop=0)
-    return {"returns": returns.tolist(), "lengths": lengths.tolist()}
+    result = {"returns": returns.tolist(), "lengths": lengths.tolist(), "deterministic": args.eval_deterministic}
+    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result) + "\n")
+    return result
 
 
 def train(args: Args) -> dict:
@@ -682,7 +685,8 @@ def train(args: Args) -> dict:
             "warning: no compiler or no Python.h found, so the update runs uncompiled, several times slower", sys.stderr
         )
     elif compiling:
-        # one shape, one set of args: no guards are needed, and they take a fifth of the time of a call
+        # guards check at every call that arguments are as they were, which takes a fifth of its time: here shapes and args
+        # never change, and a changed one would go unnoticed. The C++ wrapper calls kernels from C++ instead of Python.
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         update = torch.compile(update, fullgraph=True, dynamic=False, options=options)
@@ -795,7 +799,7 @@ def train(args: Args) -> dict:
             mean, std = policy(obs[t])
             actions[t] = action = mean + std * noise[t]
             if args.clip_actions:
-                action = np.minimum(np.maximum(action, low), high)  # [detail 27]
+                action = action.clip(low, high)  # [detail 27]
             next_obs, rewards[t], terminated[t], truncated[t] = step_envs(action.reshape(N, *action_space.shape))
             raw_obs[t + 1] = next_obs.reshape(N, obs_dim)
             if args.norm_obs == "step":
@@ -808,7 +812,9 @@ def train(args: Args) -> dict:
         done = terminated | truncated
         valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
         rewards[~valid[:T]] = 0  # whatever an environment returns for a reset is no reward
-        if args.norm_obs == "batch":  # as baselines did in 2017: once per rollout, before the update
+        # as baselines did in 2017: once per rollout, after acting on the statistics of before, and before the update, whose
+        # old log-probabilities and values are computed anew
+        if args.norm_obs == "batch":
             obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
             obs[:] = normalize_obs(raw_obs, obs_rms, args)
         scaled_rewards = rewards
@@ -816,7 +822,7 @@ def train(args: Args) -> dict:
             scaled_rewards, discounted_return = scale_rewards(
                 rewards, done, valid[:T], discounted_return, return_rms, args.gamma
             )
-        scaled_rewards = np.minimum(np.maximum(scaled_rewards, -args.clip_reward), args.clip_reward)  # [detail 31]
+        scaled_rewards = scaled_rewards.clip(-args.clip_reward, args.clip_reward)  # [detail 31]
         ended, first_step = [], np.zeros(N, dtype=int)  # (global step, return, length) of each episode
         for t, i in np.argwhere(done):
             episode_return[i] += rewards[first_step[i] : t + 1, i].sum()
@@ -844,6 +850,7 @@ def train(args: Args) -> dict:
         # 4 update
         if iteration == first_iteration and compiling:
             tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
+        # tensors, because the compiled function would keep the first value of a Python number
         hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef)]
         infos = []
         for _ in range(args.update_epochs):
@@ -894,6 +901,7 @@ def train(args: Args) -> dict:
         "run_dir": str(run_dir),
         "global_step": global_step,
         "episodic_return": float(np.mean(recent_returns)) if recent_returns else math.nan,
+        "episodes": len(recent_returns),
         "seconds": seconds,
         "sps": (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9),
         "sps_with_startup": (global_step - first_step_of_process) / seconds,
@@ -916,10 +924,9 @@ def parse_args() -> tuple[Args, dict | None]:
         return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
-        moved = {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        if not torch.cuda.is_available():
-            moved["device"] = "cpu"  # a run of a GPU can be looked at without one
-        settings = checkpoint["args"] | moved
+        settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
+        if int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
+            settings["device"] = "cpu"  # a run of a GPU can be looked at without that GPU
         if paths.evaluate and not settings.get("eval_episodes"):
             settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
         saved = Args(**settings)
@@ -949,9 +956,9 @@ def main():
             result = train(args)
             evaluation = result["evaluation"]
             print(
-                f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last 100 episodes after "
-                f"{result['global_step']:,} steps in {result['seconds']:.0f} s, {result['sps']:.0f} steps/s "
-                f"({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
+                f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last "
+                f"{result['episodes']} episodes after {result['global_step']:,} steps in "
+                f"{result['seconds']:.0f} s, {result['sps']:.0f} steps/s ({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
             )
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]

@@ -504,6 +504,7 @@ def test_renamed_copy_alone_evaluates_whole_games_and_draws_them():
         "checkpoint.pt",
         "episodes.jsonl",
         "evaluation.gif",
+        "evaluation.json",
         "metrics.jsonl",
         "my_experiment.py",
     ]

@@ -244,6 +244,7 @@ def test_renamed_copy_alone_in_an_empty_directory():
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "checkpoint.pt",
         "episodes.jsonl",
+        "evaluation.json",
         "metrics.jsonl",
         "my_experiment.py",
     ]
