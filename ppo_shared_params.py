@@ -1155,7 +1155,8 @@ def main():
             print(
                 f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last "
                 f"{result['episodes']} episodes after {result['global_step']:,} steps in "
-                f"{result['seconds']:.0f} s, {result['sps']:.0f} steps/s ({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
+                f"{result['seconds']:.0f} s, {result['sps']:.0f} steps/s "
+                f"({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
             )
         if evaluation:
             returns, lengths = evaluation["returns"], evaluation["lengths"]
