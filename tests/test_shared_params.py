@@ -1,5 +1,6 @@
 """ppo_shared_params.py: one trunk or two, discrete and multi-discrete actions, action masks, LSTM, partial observation."""
 
+import dataclasses
 import itertools
 import math
 import shutil
@@ -15,12 +16,13 @@ from torch import nn
 from torch.distributions import Categorical
 
 import ppo_shared_params
-from helpers import equal, read_checkpoint, read_metrics, run_script
+from helpers import equal, read_checkpoint, read_jsonl, read_metrics, run_script
 from ppo_shared_params import (
     Agent,
     Args,
     UsageError,
     action_components,
+    evaluate,
     flatten_obs,
     numpy_policy,
     read_masks,
@@ -428,6 +430,49 @@ def test_training_sees_what_the_rollout_put_out(lstm, share, trace):
             assert (record["start_state"].abs().sum() > 0) == (iteration > 0)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_last_value_continues_the_state_of_the_rollout(share, trace, monkeypatch):
+    """The values that compute_gae gets equal those of T + 1 steps from the rollout's start state."""
+    seen, compute_gae = [], ppo_shared_params.compute_gae
+
+    def spied(rewards, values, *others):
+        seen.append(values.clone())
+        return compute_gae(rewards, values, *others)
+
+    monkeypatch.setattr(ppo_shared_params, "compute_gae", spied)
+    records = trace(tiny(lstm=True, share_params=share, total_timesteps=6 * 64))
+    last_first = []
+    for (record, following), values in zip(itertools.pairwise(records), seen[:-1], strict=True):
+        obs, first = (torch.cat([record[key], following[key][:4]]) for key in ("obs", "first"))
+        nn.utils.vector_to_parameters(record["theta"], record["agent"].parameters())
+        with torch.no_grad():
+            expected = record["agent"].value(obs, first, record["start_state"]).view(17, 4)
+        torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+        last_first.append(first[-4:])
+        assert (last_first[-1] == 0).any()
+    assert torch.cat(last_first).sum() > 0
+
+
+def test_separate_trunks_continue_their_own_states():
+    """Actor and critic put out the same in one call of 2 T steps as in two calls of T steps."""
+    steps, n = 7, 3
+    agent, half = make_agent(lstm=True, share=False), steps * n
+    obs, first, start = torch.randn(2 * half, 4), (torch.rand(2 * half) < 0.15).float(), torch.randn(n, 2, 2, 128)
+    first[:n] = first[half : half + n] = 0
+    assert first.sum() > 2
+
+    def run(rows, state):
+        actor_input, critic_input, after = agent.features(obs[rows], first[rows], state)
+        return torch.cat([agent.actor(actor_input), agent.critic(critic_input)], dim=1), after
+
+    with torch.no_grad():
+        whole, end = run(slice(None), start)
+        before, middle = run(slice(half), start)
+        after, end_of_two = run(slice(half, None), middle)
+    torch.testing.assert_close(torch.cat([before, after]), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(end_of_two, end, atol=1e-5, rtol=1e-5)
+
+
 def test_states_are_reset_where_an_episode_begins(trace):
     """The environment marks first observations; the step before each is the reset step, which is not learned from."""
     records = trace(tiny(lstm=True, num_steps=40, total_timesteps=3 * 160))
@@ -507,6 +552,56 @@ def test_cartpole(share):
     assert result["episodic_return"] >= 475
 
 
+# evaluation
+
+
+@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedObservation-v0"])
+def test_aux_action_masks_are_obeyed_in_evaluation(env):
+    """The environment raises at an invalid action."""
+    args = tiny(env=env, total_timesteps=64)
+    train(args)
+    for deterministic in (True, False):
+        changed = dataclasses.replace(args, eval_episodes=8, eval_deterministic=deterministic)
+        assert sum(evaluate(changed, read_checkpoint("run"))["lengths"]) > 20
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+def test_evaluation_against_playing_by_hand(lstm):
+    """Torch instead of numpy for the policy, one Gymnasium environment instead of a vector."""
+    # with seed 3 some episodes end far out and others at the limit of 20 steps
+    args = tiny(env="envs:Point-v0", discretize_actions=5, norm_obs="step", lstm=lstm, total_timesteps=128, seed=3)
+    train(args)
+    checkpoint = read_checkpoint("run")
+    agent = Agent(2, [5], lstm=lstm)
+    nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
+    with torch.no_grad():
+        next(agent.actor.parameters()).mul_(100)  # so that actions vary
+    checkpoint["theta"] = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    rms = {key: np.asarray(value) for key, value in checkpoint["obs_rms"].items()}
+    returns, lengths, actions = [], [], []
+    for seed in np.random.default_rng([args.seed, 2**31]).integers(2**31, size=8).tolist():
+        env, state = gymnasium.make(args.env), agent.initial_state(1)
+        obs, _ = env.reset(seed=seed)
+        total, length, done = 0.0, 0, False
+        while not done:
+            x = (obs - rms["mean"]) / np.sqrt(rms["m2"] / rms["count"] + 1e-8)
+            with torch.no_grad():
+                features, _, state = agent.features(torch.tensor(x[None], dtype=torch.float32), torch.zeros(1), state)
+                actions.append(-1 + 0.5 * agent.actor(features).argmax(1).numpy())
+            obs, reward, terminated, truncated, _ = env.step(actions[-1])
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+        returns.append(total)
+        lengths.append(length)
+    assert len(np.unique(actions)) > 2
+    assert len(set(lengths)) > 1
+    args = dataclasses.replace(args, eval_episodes=8)
+    assert evaluate(args, checkpoint) == {"returns": returns, "lengths": lengths, "deterministic": True}
+    sampled = dataclasses.replace(args, eval_deterministic=False)
+    first, second = evaluate(sampled, checkpoint), evaluate(sampled, checkpoint)
+    assert first == second
+    assert first["returns"] != returns
+
+
 # runs
 
 
@@ -535,6 +630,18 @@ def test_same_seed_same_numbers_and_resume_to_the_same_bit(lstm):
     assert equal(whole["theta"], resumed["theta"])
     assert equal(whole["adam"], resumed["adam"])
     assert read_metrics("whole") == read_metrics("again")
+    assert whole["recent_returns"] == resumed["recent_returns"]
+    assert 0 < len(torch.load(saved[1])["recent_returns"]) < len(whole["recent_returns"])  # some ended before the kill
+    assert Path("whole/episodes.jsonl").read_bytes() == Path("again/episodes.jsonl").read_bytes()
+    assert len(read_jsonl("whole/episodes.jsonl")) == len(whole["recent_returns"])
+
+
+def test_result_has_the_mean_of_the_last_100_episodes():
+    result = train(tiny(num_steps=64, total_timesteps=4 * 256))
+    returns = [episode["return"] for episode in read_jsonl("run/episodes.jsonl")]
+    assert len(returns) > 120
+    assert result["episodes"] == 100
+    assert result["episodic_return"] == pytest.approx(np.mean(returns[-100:]), rel=1e-9)
 
 
 def test_renamed_copy_runs_alone():
