@@ -730,6 +730,11 @@ def test_detail_28_statistics_once_per_rollout_or_none(script, traces):
         mean, var = direct_statistics(seen)
         expected = np.clip((raw[steps] - mean) / np.sqrt(var + 1e-8), -10, 10)
         np.testing.assert_allclose(trace.batch(iteration).obs, expected, rtol=1e-5, atol=1e-5)
+        last = torch.tensor(np.clip((raw[steps.stop] - mean) / np.sqrt(var + 1e-8), -10, 10), dtype=torch.float32)
+        agent = trace.agent_at(trace.updates_of(iteration)[0].theta[0])
+        with torch.no_grad():
+            value = agent.critic(last if script in CONTINUOUS else agent.trunks[-1](last)).squeeze(1)
+        torch.testing.assert_close(trace.rollouts[iteration].values[-1], value, rtol=1e-4, atol=1e-5)
     trace = traces(script, **PLAIN)
     stored = np.concatenate([trace.batch(i).obs.numpy() for i in range(3)])
     np.testing.assert_array_equal(stored, trace.recorded("obs")[:-1].astype(np.float32))

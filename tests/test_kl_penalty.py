@@ -131,6 +131,22 @@ def test_logged_kl_is_the_exact_one_of_the_whole_batch_after_all_epochs(monkeypa
     torch.testing.assert_close(std[0], agent.log_std.detach().exp())  # the policy after the last epoch
 
 
+def test_beta_follows_the_exact_kl_not_the_approximate_one(monkeypatch):
+    calls = []
+
+    def spy(kl_coef, kl, kl_target):
+        calls.append((kl_coef, kl, adapt_kl_coef(kl_coef, kl, kl_target)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(ppo_kl_penalty, "adapt_kl_coef", spy)
+    train(tiny(kl_target=1e-9))
+    records = read_metrics("run")[1:]
+    assert [kl for _, kl, _ in calls] == [r["losses/kl"] for r in records]
+    assert all(r["losses/kl"] != pytest.approx(r["losses/approx_kl"], rel=1e-2) for r in records)
+    assert [old for old, _, _ in calls] == [r["charts/kl_coef"] for r in records]
+    assert [new for _, _, new in calls[:-1]] == [r["charts/kl_coef"] for r in records[1:]]
+
+
 def test_a_larger_beta_keeps_the_policy_nearer():
     distances = []
     for kl_coef in (0.0, 30.0):
@@ -159,10 +175,16 @@ def test_same_seed_same_numbers_and_resume_to_the_same_bit():
     shutil.copy(saved[1], "cut/checkpoint.pt")  # as if killed after it
     train(tiny("cut", checkpoint_every=2, resume="cut"))
     whole, cut = read_checkpoint("whole"), read_checkpoint("cut")
-    for key in ("theta", "adam", "kl_coef", "obs_rms", "return_rms"):
+    for key in ("theta", "adam", "kl_coef", "obs_rms", "return_rms", "recent_returns"):
         assert equal(whole[key], cut[key]), key
     assert read_metrics("whole") == read_metrics("cut")
-    assert whole["kl_coef"] != 1.0  # there was something to lose
+    assert Path("whole/episodes.jsonl").read_bytes() == Path("cut/episodes.jsonl").read_bytes()
+    # there was something to lose
+    before = torch.load(saved[1], weights_only=True)
+    assert 0 < len(before["recent_returns"]) < len(whole["recent_returns"])
+    assert before["log_sizes"]["episodes.jsonl"] > 0
+    assert before["kl_coef"] != 1.0
+    assert whole["kl_coef"] != 1.0
 
 
 def test_renamed_copy_runs_alone():

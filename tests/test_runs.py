@@ -1,5 +1,6 @@
 """Whole runs: reproducible, killed and resumed, interrupted, copied, evaluated, logged."""
 
+import math
 import os
 import random
 import shutil
@@ -66,6 +67,15 @@ def test_log_files():
     assert records[0]["charts/episodic_return"] == pytest.approx(np.mean(returns))
     assert Path("run/ppo_continuous.py").read_bytes() == SCRIPT.read_bytes()
     assert sorted(os.listdir("run")) == ["checkpoint.pt", "episodes.jsonl", "metrics.jsonl", "ppo_continuous.py"]
+
+
+def test_episodic_return_is_the_mean_of_the_last_100_episodes():
+    result = train(tiny_args(env="envs:Identity-v0", num_steps=256, total_timesteps=3 * 512))
+    returns = [episode["return"] for episode in read_jsonl("run/episodes.jsonl")]
+    assert len(returns) > 150
+    assert result["episodes"] == 100
+    assert result["episodic_return"] == pytest.approx(np.mean(returns[-100:]), rel=1e-12)
+    assert result["episodic_return"] != pytest.approx(np.mean(returns), rel=1e-3)
 
 
 def wait_until(condition, child):
@@ -162,30 +172,42 @@ def test_evaluation_has_frozen_statistics_and_repeats_itself():
 
 
 def test_evaluation_against_playing_by_hand():
-    """Torch instead of numpy for the policy, one Gymnasium environment instead of a vector."""
+    """Torch instead of numpy for the policy, one Gymnasium environment instead of a vector; actions beyond the bounds."""
     train(tiny_args())
     checkpoint = read_checkpoint("run")
-    args = tiny_args(eval_episodes=2)
-    seeds = np.random.default_rng([args.seed, 2**31]).integers(2**31, size=2).tolist()
     agent = ppo_continuous.Agent(2, 1)
     torch.nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
+    assert agent.log_std is not None
+    with torch.no_grad():
+        for parameter in agent.actor[-1].parameters():
+            parameter.mul_(100)
+        agent.log_std.fill_(-1)
+    checkpoint["theta"] = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
     rms = {key: np.asarray(value) for key, value in checkpoint["obs_rms"].items()}
-    returns, lengths = [], []
-    for seed in seeds:
-        env = ppo_continuous.gymnasium.make("envs:Point-v0")
-        obs, _ = env.reset(seed=seed)
-        total, length, done = 0.0, 0, False
-        while not done:
-            x = np.clip((obs - rms["mean"]) / np.sqrt(rms["m2"] / rms["count"] + 1e-8), -10, 10)
-            with torch.no_grad():
-                action = agent.actor(torch.as_tensor(x, dtype=torch.float32)).clamp(-1, 1).numpy()
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-        returns.append(total)
-        lengths.append(length)
-    evaluation = evaluate(args, checkpoint)
-    assert evaluation["lengths"] == lengths
-    np.testing.assert_allclose(evaluation["returns"], returns, rtol=1e-4)
+    for deterministic in (True, False):
+        args = tiny_args(eval_episodes=2, eval_deterministic=deterministic)
+        rng = np.random.default_rng([args.seed, 2**31])
+        seeds = rng.integers(2**31, size=2).tolist()
+        noise = np.zeros((20, 2, 1)) if deterministic else rng.standard_normal((20, 2, 1))  # step, episode, action
+        returns, lengths, means = [], [], []
+        for episode, seed in enumerate(seeds):
+            env = ppo_continuous.gymnasium.make("envs:Point-v0")
+            obs, _ = env.reset(seed=seed)
+            total, length, done = 0.0, 0, False
+            while not done:
+                x = np.clip((obs - rms["mean"]) / np.sqrt(rms["m2"] / rms["count"] + 1e-8), -10, 10)
+                with torch.no_grad():
+                    mean = agent.actor(torch.as_tensor(x, dtype=torch.float32)).numpy()
+                action = np.clip(mean + math.exp(-1) * noise[length, episode], -1, 1)
+                obs, reward, terminated, truncated, _ = env.step(action)
+                total, length, done = total + float(reward), length + 1, terminated or truncated
+                means.append(mean.item())
+            returns.append(total)
+            lengths.append(length)
+        assert max(map(abs, means)) > 1
+        evaluation = evaluate(args, checkpoint)
+        assert evaluation["lengths"] == lengths
+        np.testing.assert_allclose(evaluation["returns"], returns, rtol=1e-4)
 
 
 def test_evaluate_command_writes_a_gif(command_line):
@@ -196,8 +218,16 @@ def test_evaluate_command_writes_a_gif(command_line):
     assert "evaluation, likeliest actions: return" in out
     with Image.open("run/evaluation.gif") as gif:
         assert gif.size == (64, 32)
-        assert len(list(ImageSequence.Iterator(gif))) == 4  # every second of 8 steps
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
     assert Path("run/checkpoint.pt").read_bytes() == before
+    env = ppo_continuous.gymnasium.make("envs:Identity-v0", render_mode="rgb_array")
+    env.reset(seed=np.random.default_rng([1, 2**31]).integers(2**31, size=2).tolist()[0])
+    expected = []
+    for step in range(8):
+        if step % 2 == 0:
+            expected.append(env.render())
+        env.step(np.zeros(1, np.float32))
+    np.testing.assert_array_equal(frames, expected)
 
 
 @pytest.mark.skipif(ppo_continuous.ctypes.util.find_library("EGL") is None, reason="MuJoCo draws with OpenGL: no libEGL")

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import ppo_continuous
-from helpers import read_checkpoint, tiny_args
+import ppo_kl_penalty
+import ppo_shared_params
+from helpers import TINY, read_checkpoint, read_metrics, tiny_args
 from ppo_continuous import Agent, make_update, normalize_advantages, ppo_loss, train
 
 
@@ -250,9 +252,27 @@ def test_two_iterations_of_a_run_against_numpy(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_against_eager():
-    train(tiny_args("eager"))
-    train(tiny_args("compiled", compile=True))
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (ppo_continuous, {}),
+        (ppo_kl_penalty, {"kl_coef": 4.0, "kl_target": 1e-9}),
+        (ppo_shared_params, {"env": "CartPole-v1"}),
+    ],
+    ids=["ppo_continuous", "ppo_kl_penalty", "ppo_shared_params"],
+)
+def test_compiled_against_eager(script, flags):
+    """Learning rate, clip range and beta change in every iteration: the compiled update must not keep the first ones."""
+    flags = TINY | {"learning_rate": 3e-3, "clip_coef": 0.02, "anneal_clip": True} | flags
+    for run_dir in ("eager", "compiled"):
+        script.train(script.Args(**flags | {"run_dir": run_dir, "compile": run_dir == "compiled"}))
     eager, compiled = read_checkpoint("eager"), read_checkpoint("compiled")
     torch.testing.assert_close(eager["theta"], compiled["theta"], rtol=0, atol=1e-4)
     torch.testing.assert_close(eager["adam"], compiled["adam"], rtol=1e-2, atol=1e-4)
+    records = read_metrics("eager")[1:]
+    for ours, expected in zip(read_metrics("compiled")[1:], records, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    for name in ("learning_rate", "clip_coef", "kl_coef"):
+        values = [record[f"charts/{name}"] for record in records if f"charts/{name}" in record]
+        assert len(set(values)) == len(values)
+    assert all(record["losses/clipfrac"] > 0 for record in records)
