@@ -1,5 +1,7 @@
 """ppo_atari.py: details 14-22, resets, scores, data parallel training, resume, evaluation, bad input."""
 
+import datetime
+import inspect
 import math
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import envpool
@@ -291,45 +294,55 @@ def test_step_equals_that_of_envpool():
     assert ended >= 2
 
 
-def record_run(monkeypatch, **changes) -> tuple[list, list]:
-    """Trains; returns the actions of all steps and the batches that the update got."""
-    actions, batches = [], []
-    make_step, make = ppo_atari.make_game_step, ppo_atari.make_update
+def record_run(monkeypatch, **changes) -> SimpleNamespace:
+    """Trains; returns the actions of all steps, the batch that each minibatch was taken from, and of each iteration the
+    KLs of its minibatches and (theta, tensors, numbers, result) of compute_gae."""
+    record = SimpleNamespace(actions=[], batches=[], kls=[], gaes=[], agent=None)
+    make_step, make, gae = ppo_atari.make_game_step, ppo_atari.make_update, ppo_atari.compute_gae
 
     def recorded_step(envs):
         step = make_step(envs)
-        return lambda action: (actions.append(action.copy()), step(action))[1]
+        return lambda action: (record.actions.append(action.copy()), step(action))[1]
 
     def recorded_update(agent, args):
         compute_gradient, adam_step = make(agent, args)
+        record.agent = agent
 
         def recorded(theta, batch, mb_inds, clip_coef):
-            batches.append([x.clone() for x in batch])
-            return compute_gradient(theta, batch, mb_inds, clip_coef)
+            record.batches.append([x.clone() for x in batch])
+            gradient, losses = compute_gradient(theta, batch, mb_inds, clip_coef)
+            record.kls[-1].append(float(losses["approx_kl"]))
+            return gradient, losses
 
         return recorded, adam_step
 
+    def recorded_gae(*args):
+        theta = nn.utils.parameters_to_vector(record.agent.parameters()).detach()
+        advantages = gae(*args)
+        record.gaes.append((theta, [x.clone() for x in args[:4]], args[4:], advantages.clone()))
+        record.kls.append([])
+        return advantages
+
     monkeypatch.setattr(ppo_atari, "make_game_step", recorded_step)
     monkeypatch.setattr(ppo_atari, "make_update", recorded_update)
+    monkeypatch.setattr(ppo_atari, "compute_gae", recorded_gae)
     ppo_atari.train(tiny_args(**changes))
-    return actions, batches
+    return record
 
 
 @pytest.mark.parametrize("mask_resets", [True, False])
 def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_resets):
-    """Two rollouts of Breakout, played again through envpool's public interface with the same actions."""
-    T, N, iterations = 192, 2, 2 if mask_resets else 1
-    settings: dict[str, Any] = {"num_steps": T, "num_minibatches": 1, "total_timesteps": iterations * T * N, "seed": 3}
-    settings |= {"max_episode_steps": 150, "checkpoint_every": 100, "mask_resets": mask_resets, "env": "SpaceInvaders"}
-    settings |= {"frame_skip": 12}  # games end sooner
-    actions, batches = record_run(monkeypatch, **settings)
-    seeds = make_seeds(3, 1, N)
-    options = {"noop_max": 30, "frame_skip": 12, "episodic_life": True, "use_fire_reset": True, "reward_clip": True}
-    envs, obs, _ = plain_envs("SpaceInvaders-v5", seeds, max_episode_steps=150, **options)
+    """Two rollouts of Space Invaders, played again through envpool's public interface with the same actions."""
+    T, N, limit, skip = 96, 2, 60, 20  # games end sooner with so many frames per action
+    settings: dict[str, Any] = {"num_steps": T, "num_minibatches": 1, "total_timesteps": 2 * T * N, "seed": 3}
+    settings |= {"max_episode_steps": limit, "checkpoint_every": 100, "mask_resets": mask_resets, "env": "SpaceInvaders"}
+    record = record_run(monkeypatch, **settings, frame_skip=skip)
+    options = {"noop_max": 30, "frame_skip": skip, "episodic_life": True, "use_fire_reset": True, "reward_clip": True}
+    envs, obs, _ = plain_envs("SpaceInvaders-v5", make_seeds(3, 1, N), max_episode_steps=limit, **options)
     score, length, resetting = np.zeros(N), np.zeros(N, dtype=int), np.zeros(N, dtype=bool)
-    games, kinds = [], set()
-    for t, action in enumerate(actions):
-        batch_obs, batch_actions, *_, batch_valid = batches[t // T]
+    games, kinds, raw_rewards, seen, steps = [], set(), set(), [obs.copy()], []
+    for t, action in enumerate(record.actions):
+        batch_obs, batch_actions, *_, batch_valid = record.batches[t // T]
         row = slice(t % T * N, (t % T + 1) * N)
         np.testing.assert_array_equal(batch_obs[row], obs)
         np.testing.assert_array_equal(batch_actions[row], action)
@@ -338,6 +351,7 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
         assert not info["reward"][resetting].any()
         np.testing.assert_array_equal(reward, np.sign(info["reward"]))
         score += info["reward"]
+        raw_rewards |= set(info["reward"])
         length += ~resetting if mask_resets else 1
         resetting = terminated | truncated
         for i in range(N):
@@ -348,9 +362,27 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
                     assert length[i] == info["elapsed_step"][i]
                 games.append({"global_step": (t + 1) * N, "return": score[i], "length": length[i]})
                 score[i], length[i] = 0, 0
-    assert {"life", "game over"} <= kinds
+        seen.append(obs.copy())
+        steps.append((reward.copy(), terminated.copy(), truncated.copy()))
+    assert kinds == {"life", "game over", "truncated"}
     assert read_jsonl("run/episodes.jsonl") == games
-    assert max(game["return"] for game in games) > 20  # raw, not signs
+    assert max(raw_rewards) > 1
+
+    rewards, terminated, truncated = (np.array(x) for x in zip(*steps, strict=True))
+    agent = Agent(4, 6)
+    for i, (theta, (gae_rewards, gae_values, *ends), numbers, advantages) in enumerate(record.gaes):
+        rows = slice(i * T, (i + 1) * T)
+        for got, by_hand in zip((gae_rewards, *ends), (rewards, terminated, truncated), strict=True):
+            np.testing.assert_array_equal(got, by_hand[rows])
+        assert numbers == (0.99, 0.95, True)
+        nn.utils.vector_to_parameters(theta, agent.parameters())
+        with torch.no_grad():
+            values = agent.critic(agent.hidden(torch.as_tensor(np.concatenate(seen[i * T : (i + 1) * T + 1]))))
+        torch.testing.assert_close(gae_values, values.view(T + 1, N), atol=1e-5, rtol=1e-4)
+        *_, old_values, batch_advantages, returns, _ = record.batches[i]
+        assert torch.equal(old_values, gae_values[:-1].flatten())
+        assert torch.equal(batch_advantages, advantages.flatten())
+        assert torch.equal(returns, batch_advantages + old_values)
 
 
 def fixed_batch(n: int) -> list[torch.Tensor]:
@@ -385,29 +417,33 @@ def test_reset_steps_do_not_enter_the_gradient():
 # data parallel
 
 
+PARALLEL: dict[str, Any] = {"seed": 4, "norm_adv": "none", "max_episode_steps": 2}
+TARGET_KL = 1.28e-3
+
+
+def uneven_batch() -> list[torch.Tensor]:
+    """A batch of 8 steps, of which 3 of the first half and 1 of the second are valid."""
+    batch = fixed_batch(8)
+    batch[-1][4:6] = 0
+    return batch
+
+
 def run_rank(rank: int, port: int, directory: str):
     """Body of rank 0 or 1: the gradient on its half of a fixed batch, then a training run."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(directory)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    args = tiny_args("run", num_envs=2, total_timesteps=3 * 32, norm_adv="none", target_kl=10.0)
-    half = [x[4 * rank : 4 * rank + 4] for x in fixed_batch(8)]
-    gradient = average_gradient(gradient_of(args, half), half[-1])
-    thetas: list[torch.Tensor] = []
-    make = ppo_atari.make_update
-
-    def remembering(agent, args):
-        compute_gradient, adam_step = make(agent, args)
-        return compute_gradient, lambda theta, *rest: (thetas.append(theta), adam_step(theta, *rest))[1]
-
-    ppo_atari.make_update = remembering
-    ppo_atari.train(args)
-    torch.save({"gradient": gradient, "theta": thetas[-1]}, f"rank{rank}.pt")
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    half = [x[4 * rank : 4 * rank + 4] for x in uneven_batch()]
+    gradient = average_gradient(gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half), half[-1])
+    record = record_run(pytest.MonkeyPatch(), total_timesteps=2 * 32, update_epochs=4, target_kl=TARGET_KL, **PARALLEL)
+    theta = nn.utils.parameters_to_vector(record.agent.parameters()).detach()
+    saved = {"gradient": gradient, "theta": theta, "batch": record.batches[0], "kls": record.kls}
+    torch.save(saved, f"rank{rank}.pt")
 
 
-def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments():
+def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -421,13 +457,29 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
     assert torch.equal(a["theta"], b["theta"])
     checkpoint = read_checkpoint("run")
     assert torch.equal(a["theta"], checkpoint["theta"])
-    assert checkpoint["global_step"] == 3 * 32
-    assert [r["global_step"] for r in read_metrics("run")] == [32, 64, 96]
+    assert checkpoint["global_step"] == 2 * 32
+    assert [r["global_step"] for r in read_metrics("run")] == [32, 64]
 
     assert torch.equal(a["gradient"], b["gradient"])
-    whole = gradient_of(tiny_args(norm_adv="none"), fixed_batch(8))
+    batch = uneven_batch()
+    assert [int(half.sum()) for half in batch[-1].split(4)] == [3, 1]
+    whole = gradient_of(tiny_args(norm_adv="none"), batch)
     torch.testing.assert_close(a["gradient"], whole, atol=1e-6, rtol=1e-4)
     assert whole.norm() > 0.01
+
+    one = record_run(monkeypatch, run_dir="one", num_envs=4, total_timesteps=32, **PARALLEL)
+    for mine, others, together in list(zip(a["batch"], b["batch"], one.batches[0], strict=True))[:2]:  # frames, actions
+        assert not torch.equal(mine, others)
+        both = torch.cat([x.unflatten(0, (8, 2)) for x in (mine, others)], 1)
+        assert torch.equal(both, together.unflatten(0, (8, 4)))
+
+    games = [(game["global_step"], game["length"]) for game in read_jsonl("run/episodes.jsonl")]
+    assert games == [(step * 4, 2) for step in (2, 5, 8, 10, 13, 16) for _ in range(4)]
+
+    assert read_metrics("run")[0]["charts/epochs"] == 3
+    _, goes_on, stops = torch.tensor([rank["kls"][0] for rank in (a, b)]).view(2, 3, 2).mean(2).T
+    assert goes_on.mean() < TARGET_KL < goes_on.sum()
+    assert max(stops.min(), stops.max() / 2) < TARGET_KL < stops.mean()  # the rank with the smaller KL would go on
 
     with pytest.raises(UsageError, match=r"the run has 2 rank\(s\), not 1"):
         ppo_atari.train(tiny_args("run", resume="run"))
@@ -466,7 +518,7 @@ def command_line(monkeypatch, capsys):
 
 
 def test_same_seed_same_numbers_and_a_killed_run_resumes_to_the_last_bit():
-    settings = {"total_timesteps": 6 * 16, "checkpoint_every": 2}
+    settings = {"total_timesteps": 6 * 16, "checkpoint_every": 2, "env": "Skiing", "max_episode_steps": 2}  # games end
     ppo_atari.train(tiny_args("a", **settings))
     ppo_atari.train(tiny_args("other_seed", seed=2, **settings))
     child = start_child(*tiny_flags("b", **settings))
@@ -487,7 +539,19 @@ def test_same_seed_same_numbers_and_a_killed_run_resumes_to_the_last_bit():
     for key in a.keys() - {"args", "log_sizes"}:
         assert equal(a[key], b[key]), key
     assert not torch.equal(a["theta"], other["theta"])
+    assert len(set(a["recent_returns"])) > 1
+    assert Path("a/episodes.jsonl").read_bytes() == Path("b/episodes.jsonl").read_bytes()
     assert read_metrics("a") == read_metrics("b") != read_metrics("other_seed")
+
+
+def test_the_return_of_a_run_is_the_mean_of_its_last_100_games():
+    settings: dict[str, Any] = {"num_envs": 8, "num_steps": 24, "total_timesteps": 2 * 8 * 24, "checkpoint_every": 100}
+    result = ppo_atari.train(tiny_args(env="Skiing", max_episode_steps=2, **settings))
+    returns = [game["return"] for game in read_jsonl("run/episodes.jsonl")]
+    assert len(returns) == 128
+    assert result["episodes"] == 100
+    assert result["episodic_return"] == np.mean(returns[-100:])
+    assert result["episodic_return"] not in (np.mean(returns), np.mean(returns[:100]), np.mean(returns[-99:]))
 
 
 def test_renamed_copy_alone_evaluates_whole_games_and_draws_them():
@@ -525,6 +589,36 @@ def test_evaluation_plays_whole_games_and_repeats_itself():
     assert min(first["lengths"]) > 100  # five lives of about 25 steps
     whole = tiny_args(**settings, eval_deterministic=True)
     assert ppo_atari.evaluate(whole, checkpoint) != first
+
+
+@pytest.mark.parametrize(("scale_obs", "seed"), [(True, 3), (False, 0)])
+def test_evaluation_against_playing_by_hand(scale_obs, seed):
+    """The likeliest actions of a random network in Space Invaders; with these seeds it does not do the same all the time."""
+    torch.manual_seed(seed)
+    agent = Agent(4, 6, scale=255.0 if scale_obs else 1.0)
+    nn.init.uniform_(agent.get_parameter("trunk.0.bias"), -1, 1)  # without biases the scale would not matter
+    options: dict[str, Any] = {"frame_skip": 20, "max_episode_steps": 80}  # games end sooner
+    args = tiny_args(env="SpaceInvaders", eval_episodes=4, eval_deterministic=True, scale_obs=scale_obs, **options)
+    Path("run").mkdir()
+    evaluation = ppo_atari.evaluate(args, {"theta": nn.utils.parameters_to_vector(agent.parameters()).detach()})
+
+    seeds = np.random.default_rng([args.seed, 2**31]).integers(2**31, size=4).tolist()
+    options |= {"noop_max": 30, "episodic_life": True, "use_fire_reset": True, "reward_clip": True}
+    envs, obs, _ = plain_envs("SpaceInvaders-v5", seeds, **options)
+    returns, signs, lengths = np.zeros(4), np.zeros(4), np.zeros(4, dtype=int)
+    running, resetting = np.ones(4, dtype=bool), np.zeros(4, dtype=bool)
+    while running.any():
+        with torch.no_grad():
+            action = agent.actor(agent.hidden(torch.as_tensor(obs))).argmax(1).numpy()
+        obs, reward, terminated, truncated, info = envs.step(action)
+        returns[running] += info["reward"][running]
+        signs[running] += reward[running]
+        lengths[running & ~resetting] += 1
+        running[(info["terminated"] == 1) | truncated] = False
+        resetting = terminated | truncated
+    assert evaluation == {"returns": returns.tolist(), "lengths": lengths.tolist(), "deterministic": True}
+    assert (returns != signs).any()
+    assert len(set(lengths)) > 1
 
 
 def test_names_of_games():
@@ -610,6 +704,29 @@ def test_table_5_of_the_paper():
     records = read_metrics("run")
     np.testing.assert_allclose([r["charts/clip_coef"] for r in records], [0.1, 0.1 * 2 / 3, 0.1 / 3])
     assert [r["charts/epochs"] for r in records] == [3, 3, 3]
+
+
+def test_flags_and_annealed_clip_range_reach_the_loss(monkeypatch):
+    loss, calls = ppo_atari.ppo_loss, []
+
+    def recorded(*args, **kwargs):
+        calls.append(inspect.signature(loss).bind(*args, **kwargs).arguments)
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(ppo_atari, "ppo_loss", recorded)
+    flags: dict[str, Any] = {"vf_coef": 0.25, "ent_coef": 0.03, "clip_policy": False, "clip_vloss": True}
+    ppo_atari.train(tiny_args(anneal_clip=True, num_minibatches=1, checkpoint_every=100, **flags))
+    assert [{name: call[name] for name in flags} for call in calls] == [flags] * 3
+    np.testing.assert_allclose([float(call["clip_coef"]) for call in calls], [0.1, 0.1 * 2 / 3, 0.1 / 3])
+
+
+def test_target_kl_is_judged_on_the_whole_epoch(monkeypatch):
+    """A target below the KL of the last minibatch of the first epoch, but above that of all: two epochs."""
+    first, last = record_run(monkeypatch, run_dir="measured", total_timesteps=16).kls[0]
+    target_kl = ((first + last) / 2 + last) / 2
+    assert (first + last) / 2 < target_kl < last
+    ppo_atari.train(tiny_args(total_timesteps=16, update_epochs=4, target_kl=target_kl))
+    assert [r["charts/epochs"] for r in read_metrics("run")] == [2]
 
 
 @pytest.mark.slow
