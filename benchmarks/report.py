@@ -100,9 +100,9 @@ class Results:
         """Seeds that were run on all of these tasks."""
         return sorted(set.intersection(*(set(self.runs.get((suite, setting, env), {})) for env in envs)))
 
-    def matrix(self, suite: str, setting: str, envs) -> np.ndarray:
-        """Scores (complete seeds, tasks)."""
-        seeds = self.complete_seeds(suite, setting, envs)
+    def matrix(self, suite: str, setting: str, envs, seeds: list[int] | None = None) -> np.ndarray:
+        """Scores (seeds, tasks), by default of the complete seeds."""
+        seeds = self.complete_seeds(suite, setting, envs) if seeds is None else seeds
         finals = [[self.runs[suite, setting, env][seed]["final"]["return"] for env in envs] for seed in seeds]
         return np.array(finals).reshape(len(seeds), len(envs))
 
@@ -188,12 +188,9 @@ def table1_scores(results: Results, suite: str, best: str) -> dict[str, np.ndarr
     low = results.random_means(envs)
     if low is None or not seeds:
         return {}
-    finals = {
-        s: np.array([[results.runs[suite, s, e][seed]["final"]["return"] for e in envs] for seed in seeds])
-        for s in suites.TABLE1
-    }
-    tops = np.max([x.max(axis=0) if best == "run" else x.mean(axis=0) for x in finals.values()], axis=0)
-    return {s: stats.normalize(x, low, tops) for s, x in finals.items()}
+    matrices = {s: results.matrix(suite, s, envs, seeds) for s in suites.TABLE1}
+    tops = np.max([x.max(axis=0) if best == "run" else x.mean(axis=0) for x in matrices.values()], axis=0)
+    return {s: stats.normalize(x, low, tops) for s, x in matrices.items()}
 
 
 def table1(results: Results, suite: str) -> str:
@@ -263,19 +260,17 @@ def table_details(results: Results) -> str:
 
 def table_atari_short(results: Results) -> str:
     rows = []
-    for game, flags in suites.ATARI_SHORT.items():
+    for game, planned in suites.ATARI_SHORT.items():
         group = results.runs.get(("atari-short", "default", game), {})
         hours = seeds = steps = ""
         if group:
             finals = [result["final"] for result in group.values()]
             seeds, steps = seeds_text(list(group)), f"{finals[0]['global_step']:,}"
             if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
-                steps += f" (stopped; of {flags['total_timesteps']:,})"
+                steps += f" (stopped; of {planned:,})"
             hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
-        beyond = " ".join(x for k, v in flags.items() if k != "total_timesteps" for x in suites.option(k, v))
-        steps = steps or f"(planned: {flags['total_timesteps']:,})"
-        rows.append([game, results.cell("atari-short", "default", game), seeds, steps, hours, beyond])
-    head = ["game", "score, last 100 games", "seeds", "steps", "hours", "flags"]
+        rows.append([game, results.cell("atari-short", "default", game), seeds, steps or f"(planned: {planned:,})", hours])
+    head = ["game", "score, last 100 games", "seeds", "steps", "hours"]
     return markdown(head, rows) + results.footer("atari-short")
 
 

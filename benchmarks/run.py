@@ -183,7 +183,7 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
     if not planned.peer:
         import tyro
 
-        script = sys.modules.get(Path(planned.script).stem) or suites.load_script(Path(planned.script).stem)
+        script = suites.load_script(Path(planned.script).stem)
         args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
         expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
     other = [k for k in sorted(set(expected) & set(header["args"]) - LOCAL - MACHINE) if expected[k] != header["args"][k]]
@@ -393,10 +393,14 @@ def check_disk(folder: Path):
         )
 
 
+def allowed_cores() -> list[int]:
+    """Cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def jobs_at_a_time(options: argparse.Namespace) -> int:
     """Runs on this machine at a time: --jobs, else what its cores carry, and its GPUs where --gpus names them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(cores // options.cores_per_run, 1)
+    most = max(len(allowed_cores()) // options.cores_per_run, 1)
     if options.gpus:
         most = min(most, len(options.gpus.split(",")) * options.runs_per_gpu)
     return options.jobs or most
@@ -404,7 +408,7 @@ def jobs_at_a_time(options: argparse.Namespace) -> int:
 
 def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: Progress, locks: list):
     """Runs all, `--jobs` at a time, each on its own cores and, with `--gpus`, on the GPU of its slot."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = allowed_cores()
     width = options.cores_per_run
     gpus = options.gpus.split(",") if options.gpus else [None]
     free = [
@@ -480,7 +484,7 @@ def run_ray_task(task: dict) -> tuple[list[dict] | None, str]:
         here.check_disk(folder)
         command, run_dir = here.make_command(run, runs_dir, sys.executable, task["peer_python"], task["threads"])
         log = run_dir.with_name(run_dir.name + ".log")
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        cores = here.allowed_cores()
         with open(log, "ab") as output:
             code = subprocess.run(
                 command,
