@@ -24,6 +24,7 @@ import stats
 import suites
 
 HERE = Path(__file__).resolve().parent
+ALL_ON = "all on (suite base)"
 
 
 def number(x: float) -> str:
@@ -252,7 +253,7 @@ def table_details(results: Results) -> str:
         rows.append(
             [setting, effect, probability, *cells, seeds_text(results.complete_seeds("details", setting, suites.DETAILS_TASKS))]
         )
-    all_on = ["all on (suite base)", "", "", *(results.cell("base", "default", env) for env in suites.DETAILS_TASKS)]
+    all_on = [ALL_ON, "", "", *(results.cell("base", "default", env) for env in suites.DETAILS_TASKS)]
     rows.insert(0, [*all_on, seeds_text(results.complete_seeds("base", "default", suites.DETAILS_TASKS))])
     head = ["one detail off", "effect on the normalized score", "probability of improvement", *suites.DETAILS_TASKS, "seeds"]
     return markdown(head, rows) + results.footer("details")
@@ -508,29 +509,53 @@ def draw_table1(data: dict, plt):
 
 
 def details_data(results: Results) -> dict:
-    data = {}
+    """Per task normalized scores of the runs with all details on and with one off; effects over all tasks, where known."""
+    data: dict = {"tasks": {}, "effects": {}}
+    for env in suites.DETAILS_TASKS:
+        on, low = results.scores("base", "default", env), results.random_means([env])
+        off = {s: results.scores("details", s, env) for s in suites.DETAILS}
+        if any(map(len, off.values())) and len(on) and low is not None:
+            runs = {s: stats.normalize(x, low, on.mean(axis=0)) for s, x in {ALL_ON: on, **off}.items() if len(x)}
+            data["tasks"][env] = {s: x.flatten().round(4).tolist() for s, x in runs.items()}
     for setting, effect in detail_effects(results).items():
-        off, on = effect["off"], effect["on"]
-        mean = float(stats.mean(off) - stats.mean(on))
-        low, high = stats.difference_interval(off, on) if len(off) > 1 and len(on) > 1 else (mean, mean)
-        data[setting] = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "seeds": len(off)}
-    return data
+        pair = effect["off"], effect["on"]
+        mean = float(stats.mean(pair[0]) - stats.mean(pair[1]))
+        interval = stats.difference_interval(*pair) if min(map(len, pair)) > 1 else (mean, mean)
+        data["effects"][setting] = {"mean": round(mean, 4), "low": round(interval[0], 4), "high": round(interval[1], 4)}
+    return data if data["tasks"] else {}
 
 
 def draw_details(data: dict, plt):
-    figure, axis = plt.subplots(figsize=(7, 0.28 * len(data) + 1.1))
-    for y, effect in enumerate(data.values()):
-        axis.plot([effect["low"], effect["high"]], [y, y], "-", color="black", lw=1.4)
-        clear = effect["low"] > 0 or effect["high"] < 0
-        axis.plot(effect["mean"], y, "s" if clear else "o", color="black", mfc="black" if clear else "white", markersize=5)
-    axis.axvline(0, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(data)), list(data), fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("effect of switching one detail off (all details on: 1, random policy: 0)", fontsize=8)
-    axis.set_title("filled squares: the interval excludes 0", fontsize=8)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.grid(axis="x", alpha=0.25)
-    figure.tight_layout()
+    """One panel a task, with its runs; where settings have a whole seed of all tasks, a forest plot of their effects."""
+    settings = [s for s in suites.DETAILS if any(s in runs for runs in data["tasks"].values())]
+    panels = len(data["tasks"]) + bool(data["effects"])
+    size = (2.6 * panels + 2.2, 0.24 * len(settings) + 1.1)
+    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (env, runs) in zip(axes.flat, data["tasks"].items(), strict=False):
+        axis.axvspan(min(runs[ALL_ON]), max(runs[ALL_ON]), color="#dddddd", lw=0)
+        axis.axvline(1, color="black", lw=0.8, ls=":")
+        for y, setting in enumerate(settings):
+            scores = runs.get(setting, [])
+            axis.plot(scores, [y] * len(scores), "o", color="black", mfc="white", markersize=4.5)
+            if len(scores) > 1:
+                axis.plot(np.mean(scores), y, "|", color="black", markersize=11, mew=1.6)
+        axis.set_title(f"{env}: score of each run", fontsize=8)
+        axis.set_xlabel("random policy 0, all details on 1;\nshaded: runs with all on", fontsize=7)
+    if data["effects"]:
+        axis = axes.flat[-1]
+        axis.axvline(0, color="black", lw=0.8, ls=":")
+        for setting, effect in data["effects"].items():
+            y = settings.index(setting)
+            axis.plot([effect["low"], effect["high"]], [y, y], "-", color="black", lw=1.4)
+            clear = effect["low"] > 0 or effect["high"] < 0
+            axis.plot(effect["mean"], y, "s", color="black", mfc="black" if clear else "white", markersize=5)
+        axis.set_title("effect, mean over the tasks", fontsize=8)
+        axis.set_xlabel("95% interval; filled: without 0", fontsize=7)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+    axes.flat[0].set_yticks(range(len(settings)), settings, fontsize=8)
+    axes.flat[0].invert_yaxis()
     return figure
 
 

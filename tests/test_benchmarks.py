@@ -689,6 +689,26 @@ def test_effect_of_details(tmp_path):
     assert f"| {better} | +0.05 [+0.05, +0.05] | 1.00 [1.00, 1.00] |" in text
 
 
+def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):
+    fake_random(tmp_path, 0.0)
+    fake_results(tmp_path, "base", ["default"], suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: 98 + seed)
+    assert report.details_data(report.Results(tmp_path)) == {}  # nothing switched off yet
+    worse = next(iter(suites.DETAILS))
+    fake_results(tmp_path, "details", [worse], ["HalfCheetah"], (1,), lambda s, e, seed: 80)
+    data = report.details_data(report.Results(tmp_path))
+    assert data == {"tasks": {"HalfCheetah": {report.ALL_ON: [0.99, 1.0, 1.01], worse: [0.8]}}, "effects": {}}
+    fake_results(tmp_path, "details", [worse], suites.DETAILS_TASKS, (1, 2), lambda s, e, seed: 80)
+    data = report.details_data(report.Results(tmp_path))
+    assert list(data["tasks"]) == list(suites.DETAILS_TASKS)
+    assert data["effects"] == {
+        worse: {"mean": -0.2, "low": pytest.approx(-0.21, abs=0.01), "high": pytest.approx(-0.19, abs=0.01)}
+    }
+    report.draw_plot(tmp_path / "details.svg", data, report.draw_details)
+    text = (tmp_path / "details.svg").read_text()
+    assert all(f"{env}: score of each run" in text for env in suites.DETAILS_TASKS)
+    assert "effect, mean over the tasks" in text
+
+
 def test_games_won(tmp_path):
     published = {"Alien": 2000, "Amidar": 500, "Assault": 4653.8}  # more than both, between them, a tie with ACER
     fake_results(tmp_path, "table6", ["default"], published, (1,), lambda s, game, seed: published[game])
