@@ -371,16 +371,15 @@ def table_speed_short(results: Results) -> str:
     header, *measured = results.speed.get("mujoco", [{}])
     if not measured:
         return "Nothing was measured yet.\n"
-    rows = []
+    rows, peers = [], ("CleanRL", "Stable-Baselines3", "sbx")
     for envs in ("1 env", "8 envs"):
         rates = {
-            name: np.array([r["sps"] for r in measured if r["contestant"] == f"{name}, {envs}"])
-            for name in ("ours", "Stable-Baselines3", "sbx")
+            name: np.array([r["sps"] for r in measured if r["contestant"] == f"{name}, {envs}"]) for name in ("ours", *peers)
         }
-        ratios = [rates["ours"] / rates[name] if len(rates[name]) else rates[name] for name in ("Stable-Baselines3", "sbx")]
+        ratios = [rates["ours"] / rates[name] if len(rates[name]) else rates[name] for name in peers]
         cells = [(x, 0) for x in rates.values()] + [(x, 1) for x in ratios]
         rows.append([envs, *(with_extremes(x, digits) if len(x) else "" for x, digits in cells)])
-    head = [header["env"], "ours, steps/s", "Stable-Baselines3", "sbx", "ours / SB3", "ours / sbx"]
+    head = [header["env"], "ours, steps/s", *peers, *(f"ours / {name}" for name in ("CleanRL", "SB3", "sbx"))]
     return markdown(head, rows)
 
 

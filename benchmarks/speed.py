@@ -1,6 +1,7 @@
 """Steps per second side by side: every contestant in turn, A B A B, each measurement a process of its own on the same cores.
 
     python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python --name mujoco
+    python benchmarks/speed.py --cleanrl ../cleanrl/cleanrl/ppo_continuous_action.py --cleanrl-python ../clean/bin/python
     python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
     python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python ../peers/bin/python
 
@@ -9,12 +10,14 @@ With --name the measurements are kept in results/speed/ for the tables; without 
 Contestants for MuJoCo: ppo_continuous.py with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up
 and compilation out); the same environments stepped with random actions, by envs.step and by the script's faster make_step;
 Stable-Baselines3 with the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise
-(--sbx-python). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch instead of four (the
-difference is what three epochs cost), its environments alone, and Stable-Baselines3. For CartPole-v1: ppo_shared_params.py
-with 4 and 64 environments of 128 steps, with an LSTM, and Stable-Baselines3. Run it on a quiet machine.
+(--sbx-python); the script of a CleanRL checkout, unchanged (--cleanrl), whose defaults are the same (--cleanrl-python: a
+Python with gymnasium 0.29, which it needs). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch
+instead of four (the difference is what three epochs cost), its environments alone, and Stable-Baselines3. For CartPole-v1:
+ppo_shared_params.py with 4 and 64 environments of 128 steps, with an LSTM, and Stable-Baselines3. Run it on a quiet machine.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -139,6 +142,26 @@ def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int
     return {"sps": time_peer(model, BATCH, steps), "versions": versions}
 
 
+def measure_cleanrl(file: str, env: str, num_envs: int, steps: int) -> dict:
+    """CleanRL's ppo_continuous_action.py as it is, timed from the end of its first iteration by the lines it prints."""
+    import gymnasium
+    import torch
+
+    env_id = env if re.search(r"-v\d+$", env) else f"{env}-v4"
+    iterations = max(steps // BATCH, 1) + 1
+    command = [sys.executable, "-u", str(Path(file).resolve()), "--env-id", env_id, "--no-cuda", "--num-envs", str(num_envs)]
+    command += ["--num-steps", str(BATCH // num_envs), "--total-timesteps", str(BATCH * iterations)]
+    with tempfile.TemporaryDirectory() as folder:  # it writes runs/ where it stands
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        ends = [time.perf_counter() for line in process.stdout if line.startswith("SPS:")]  # one at the end of an iteration
+        if process.wait() or len(ends) != iterations:
+            raise SystemExit(f"{file} failed with exit code {process.returncode} after {len(ends)} iterations")
+    versions = {module.__name__: module.__version__ for module in (gymnasium, torch)}
+    versions["CleanRL script, sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:10]
+    return {"sps": BATCH * (iterations - 1) / (ends[-1] - ends[0]), "versions": versions}
+
+
 def measure_script(script: str, batch: int, env: str, num_envs: int, steps: int, threads: int, flags: tuple[str, ...]) -> dict:
     """SPS that the script itself logs, from the end of its first iteration on."""
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +210,9 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def contestants(env: str, peer_python: str | None, sbx_python: str | None) -> dict[str, tuple[str, int, str]]:
+def contestants(
+    env: str, peer_python: str | None, sbx_python: str | None, cleanrl_python: str | None
+) -> dict[str, tuple[str, int, str]]:
     """Name -> what is measured, number of environments, Python that measures it."""
     found: dict[str, tuple[str, int, str]] = {}
     if env in suites.ATARI:
@@ -218,6 +243,8 @@ def contestants(env: str, peer_python: str | None, sbx_python: str | None) -> di
             found[f"Stable-Baselines3, {envs}"] = ("sb3", n, peer_python)
         if sbx_python:
             found[f"sbx, {envs}"] = ("sbx", n, sbx_python)
+        if cleanrl_python:
+            found[f"CleanRL, {envs}"] = ("cleanrl", n, cleanrl_python)
     return found
 
 
@@ -247,6 +274,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and envpool")
     parser.add_argument("--peer-python", help="Python with stable-baselines3 and gymnasium[mujoco]")
     parser.add_argument("--sbx-python", help="Python with sbx-rl")
+    parser.add_argument("--cleanrl", help="ppo_continuous_action.py of a CleanRL checkout")
+    parser.add_argument("--cleanrl-python", help="Python with torch, gymnasium 0.29, MuJoCo, tensorboard and tyro")
     parser.add_argument("--contestant", nargs="+", help="only these; the first is compared with the others")
     parser.add_argument("--name", help="of the file in results/speed/; default: none is written")
     parser.add_argument("--results-dir", type=Path, default=ROOT / "benchmarks" / "results")
@@ -254,9 +283,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure:
         what, num_envs = options.measure
-        print(json.dumps(measure(what, options.env, int(num_envs), options.steps, options.threads)))
+        if what == "cleanrl":
+            result = measure_cleanrl(options.cleanrl, options.env, int(num_envs), options.steps)
+        else:
+            result = measure(what, options.env, int(num_envs), options.steps, options.threads)
+        print(json.dumps(result))
         return 0
-    chosen = contestants(options.env, options.peer_python, options.sbx_python)
+    if bool(options.cleanrl) != bool(options.cleanrl_python):
+        parser.error("--cleanrl and --cleanrl-python go together")
+    chosen = contestants(options.env, options.peer_python, options.sbx_python, options.cleanrl_python)
     names = options.contestant or list(chosen)
     unknown = [name for name in names if name not in chosen]
     if unknown or options.rounds < 1 or options.steps < BATCH:
@@ -290,6 +325,7 @@ def main() -> int:
             what, num_envs, python = chosen[name]
             command = [python, str(Path(__file__).resolve()), "--measure", what, str(num_envs)]
             command += ["--env", options.env, "--steps", str(options.steps), "--threads", str(options.threads)]
+            command += ["--cleanrl", options.cleanrl] if what == "cleanrl" else []
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if done.returncode:
                 reason = (done.stderr.strip() or "no output").splitlines()[-1]

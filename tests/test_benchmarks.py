@@ -734,14 +734,15 @@ def test_short_speed_table_pairs_the_alternations(tmp_path):
     lines: list[dict] = [{"env": "HalfCheetah"}]
     for round_number, factor in ((1, 1.0), (2, 2.0)):  # the second alternation on a machine twice as fast
         for envs in ("1 env", "8 envs"):
-            for name, rate in (("ours", 500), ("Stable-Baselines3", 100), ("sbx", 250)):
+            for name, rate in (("ours", 500), ("CleanRL", 50), ("Stable-Baselines3", 100), ("sbx", 250)):
                 lines.append({"round": round_number, "contestant": f"{name}, {envs}", "sps": rate * factor})
     (tmp_path / "speed" / "mujoco.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report.table_speed_short(report.Results(tmp_path))
-    assert "| 1 env | 750 [500, 1000] | 150 [100, 200] | 375 [250, 500] | 5.0 [5.0, 5.0] | 2.0 [2.0, 2.0] |" in text
+    rates = "750 [500, 1000] | 75 [50, 100] | 150 [100, 200] | 375 [250, 500]"
+    assert f"| 1 env | {rates} | 10.0 [10.0, 10.0] | 5.0 [5.0, 5.0] | 2.0 [2.0, 2.0] |" in text
     without = [x for x in lines if "sbx" not in x.get("contestant", "")]
     (tmp_path / "speed" / "mujoco.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
     text = report.table_speed_short(report.Results(tmp_path))
-    assert "| 8 envs | 750 [500, 1000] | 150 [100, 200] |  | 5.0 [5.0, 5.0] |  |" in text
+    assert "| 8 envs | 750 [500, 1000] | 75 [50, 100] | 150 [100, 200] |  | 10.0 [10.0, 10.0] | 5.0 [5.0, 5.0] |  |" in text
     (tmp_path / "speed" / "mujoco.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert report.table_speed_short(report.Results(tmp_path)) == "Nothing was measured yet.\n"
