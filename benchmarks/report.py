@@ -492,7 +492,7 @@ def draw_table1(data: dict, plt):
     for i, (label, bars) in enumerate(series.items()):
         x = [settings.index(s) + (i - (len(series) - 1) / 2) * width for s in bars]
         mean, low, high = (np.array([bars[s][k] for s in bars]) for k in range(3))
-        errors = None if label == "paper" else [mean - low, high - mean]
+        errors = [mean - low, high - mean] if (high > low).any() else None  # one seed has no interval
         axis.bar(
             x, mean, width, yerr=errors, label=label, color=looks[i][0], hatch=looks[i][1], edgecolor="black", lw=0.7,
             error_kw={"ecolor": "black", "lw": 1.2, "capsize": 2},
