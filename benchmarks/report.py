@@ -220,33 +220,36 @@ def table_table1_details(results: Results) -> str:
     return table1(results, "table1-details")
 
 
-def detail_effects(results: Results) -> dict[str, dict[str, np.ndarray]]:
-    """Scores with one detail off and with all on, on the tasks of both, where the random policy is 0 and all on is 1."""
-    effects = {}
-    for setting in suites.DETAILS:
-        envs = suites.DETAILS_TASKS
-        off, on, low = (
-            results.matrix("details", setting, envs),
-            results.matrix("base", "default", envs),
-            results.random_means(envs),
-        )
-        if len(off) and len(on) and low is not None:
-            top = on.mean(axis=0)
-            effects[setting] = {"off": stats.normalize(off, low, top), "on": stats.normalize(on, low, top)}
-    return effects
+def detail_scores(results: Results, envs) -> dict[str, np.ndarray]:
+    """Scores (seeds, tasks) with all details on and with one off, where the random policy is 0 and all on is 1.
+
+    Of the settings that have a whole seed of these tasks; empty if none has, or if a score to compare with is missing.
+    """
+    on, low = results.matrix("base", "default", envs), results.random_means(envs)
+    off = {setting: results.matrix("details", setting, envs) for setting in suites.DETAILS}
+    off = {setting: scores for setting, scores in off.items() if len(scores)}
+    if not off or not len(on) or low is None:
+        return {}
+    return {setting: stats.normalize(scores, low, on.mean(axis=0)) for setting, scores in {ALL_ON: on, **off}.items()}
+
+
+def detail_effect(off: np.ndarray, on: np.ndarray) -> tuple[float, float, float]:
+    """Difference of the mean scores and its 95% interval, which is the difference itself where there is one seed."""
+    mean = float(stats.mean(off) - stats.mean(on))
+    return mean, *(stats.difference_interval(off, on) if len(off) > 1 and len(on) > 1 else (mean, mean))
 
 
 def table_details(results: Results) -> str:
-    effects, rows = detail_effects(results), []
+    scores, rows = detail_scores(results, suites.DETAILS_TASKS), []
     for setting in suites.DETAILS:
         cells = [results.cell("details", setting, env) for env in suites.DETAILS_TASKS]
         effect = probability = ""
-        if setting in effects:
-            off, on = effects[setting]["off"], effects[setting]["on"]
-            effect = f"{stats.mean(off) - stats.mean(on):+.2f}"
+        if setting in scores:
+            off, on = scores[setting], scores[ALL_ON]
+            mean, low, high = detail_effect(off, on)
+            effect = f"{mean:+.2f}"
             probability = f"{stats.probability_of_improvement(off, on):.2f}"
             if len(off) > 1 and len(on) > 1:
-                low, high = stats.difference_interval(off, on)
                 effect += f" [{low:+.2f}, {high:+.2f}]"
                 low, high = stats.probability_of_improvement_interval(off, on)
                 probability += f" [{low:.2f}, {high:.2f}]"
@@ -509,19 +512,15 @@ def draw_table1(data: dict, plt):
 
 def details_data(results: Results) -> dict:
     """Per task normalized scores of the runs with all details on and with one off; effects over all tasks, where known."""
-    data: dict = {"tasks": {}, "effects": {}}
-    for env in suites.DETAILS_TASKS:
-        on, low = results.scores("base", "default", env), results.random_means([env])
-        off = {s: results.scores("details", s, env) for s in suites.DETAILS}
-        if any(map(len, off.values())) and len(on) and low is not None:
-            runs = {s: stats.normalize(x, low, on.mean(axis=0)) for s, x in {ALL_ON: on, **off}.items() if len(x)}
-            data["tasks"][env] = {s: x.flatten().round(4).tolist() for s, x in runs.items()}
-    for setting, effect in detail_effects(results).items():
-        pair = effect["off"], effect["on"]
-        mean = float(stats.mean(pair[0]) - stats.mean(pair[1]))
-        interval = stats.difference_interval(*pair) if min(map(len, pair)) > 1 else (mean, mean)
-        data["effects"][setting] = {"mean": round(mean, 4), "low": round(interval[0], 4), "high": round(interval[1], 4)}
-    return data if data["tasks"] else {}
+    by_task = {env: detail_scores(results, [env]) for env in suites.DETAILS_TASKS}
+    tasks = {env: {s: x.flatten().round(4).tolist() for s, x in scores.items()} for env, scores in by_task.items() if scores}
+    whole = detail_scores(results, suites.DETAILS_TASKS)
+    on = whole.pop(ALL_ON, np.empty(0))  # nothing is compared with it where it is empty
+    effects = {}
+    for setting, off in whole.items():
+        mean, low, high = detail_effect(off, on)
+        effects[setting] = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+    return {"tasks": tasks, "effects": effects} if tasks else {}
 
 
 def draw_details(data: dict, plt):

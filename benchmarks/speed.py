@@ -1,6 +1,6 @@
 """Steps per second side by side: every contestant in turn, A B A B, each measurement a process of its own on the same cores.
 
-    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python --name mujoco
+    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python --name mine
     python benchmarks/speed.py --cleanrl ../cleanrl/cleanrl/ppo_continuous_action.py --cleanrl-python ../clean/bin/python
     python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
     python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python ../peers/bin/python
@@ -35,6 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCH = 2048  # environment steps of a rollout on MuJoCo, however many environments share it
 ATARI_BATCH = 1024
 CARTPOLE_STEPS = 128  # of each environment
+
+
+def mujoco_id(env: str) -> str:
+    """Hopper means Hopper-v4."""
+    return env if re.search(r"-v\d+$", env) else f"{env}-v4"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements: each prints {"sps", "versions"} as its last line. Peers are imported only here, by their own Python.
@@ -117,7 +123,6 @@ def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict
 
 def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
     """PPO of Stable-Baselines3 or sbx on MuJoCo, with the defaults of ppo_continuous.py."""
-    env_id = env if re.search(r"-v\d+$", env) else f"{env}-v4"
     own = {"n_steps": BATCH // num_envs, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
     import gymnasium
     import stable_baselines3
@@ -125,7 +130,7 @@ def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int
     from stable_baselines3.common.vec_env import VecNormalize
 
     versions = {"stable_baselines3": stable_baselines3.__version__, "gymnasium": gymnasium.__version__}
-    envs = VecNormalize(make_vec_env(env_id, num_envs, seed=1), gamma=0.99)
+    envs = VecNormalize(make_vec_env(mujoco_id(env), num_envs, seed=1), gamma=0.99)
     if library == "sbx":
         import jax
         import sbx
@@ -147,9 +152,17 @@ def measure_cleanrl(file: str, env: str, num_envs: int, steps: int) -> dict:
     import gymnasium
     import torch
 
-    env_id = env if re.search(r"-v\d+$", env) else f"{env}-v4"
     iterations = max(steps // BATCH, 1) + 1
-    command = [sys.executable, "-u", str(Path(file).resolve()), "--env-id", env_id, "--no-cuda", "--num-envs", str(num_envs)]
+    command = [
+        sys.executable,
+        "-u",
+        str(Path(file).resolve()),
+        "--env-id",
+        mujoco_id(env),
+        "--no-cuda",
+        "--num-envs",
+        str(num_envs),
+    ]
     command += ["--num-steps", str(BATCH // num_envs), "--total-timesteps", str(BATCH * iterations)]
     with tempfile.TemporaryDirectory() as folder:  # it writes runs/ where it stands
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
@@ -186,7 +199,7 @@ FLAGS = {
 }
 
 
-def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
+def measure(what: str, env: str, num_envs: int, steps: int, threads: int, cleanrl: str) -> dict:
     if env in suites.ATARI:
         if what == "envs.step":
             return measure_game(env, num_envs, steps, threads)
@@ -202,6 +215,8 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int) -> dic
         return measure_script("ppo_kl_penalty.py", BATCH, env, num_envs, steps, threads, ())
     if what in FLAGS:
         return measure_script("ppo_continuous.py", BATCH, env, num_envs, steps, threads, FLAGS[what])
+    if what == "cleanrl":
+        return measure_cleanrl(cleanrl, env, num_envs, steps)
     if what in ("make_step", "envs.step"):
         return measure_environment(env, num_envs, steps, what == "make_step")
     return measure_peer(what, env, num_envs, steps, threads)
@@ -274,7 +289,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and envpool")
     parser.add_argument("--peer-python", help="Python with stable-baselines3 and gymnasium[mujoco]")
     parser.add_argument("--sbx-python", help="Python with sbx-rl")
-    parser.add_argument("--cleanrl", help="ppo_continuous_action.py of a CleanRL checkout")
+    parser.add_argument("--cleanrl", default="", help="ppo_continuous_action.py of a CleanRL checkout")
     parser.add_argument("--cleanrl-python", help="Python with torch, gymnasium 0.29, MuJoCo, tensorboard and tyro")
     parser.add_argument("--contestant", nargs="+", help="only these; the first is compared with the others")
     parser.add_argument("--name", help="of the file in results/speed/; default: none is written")
@@ -283,11 +298,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure:
         what, num_envs = options.measure
-        if what == "cleanrl":
-            result = measure_cleanrl(options.cleanrl, options.env, int(num_envs), options.steps)
-        else:
-            result = measure(what, options.env, int(num_envs), options.steps, options.threads)
-        print(json.dumps(result))
+        print(json.dumps(measure(what, options.env, int(num_envs), options.steps, options.threads, options.cleanrl)))
         return 0
     if bool(options.cleanrl) != bool(options.cleanrl_python):
         parser.error("--cleanrl and --cleanrl-python go together")
@@ -325,7 +336,7 @@ def main() -> int:
             what, num_envs, python = chosen[name]
             command = [python, str(Path(__file__).resolve()), "--measure", what, str(num_envs)]
             command += ["--env", options.env, "--steps", str(options.steps), "--threads", str(options.threads)]
-            command += ["--cleanrl", options.cleanrl] if what == "cleanrl" else []
+            command += ["--cleanrl", options.cleanrl]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if done.returncode:
                 reason = (done.stderr.strip() or "no output").splitlines()[-1]
