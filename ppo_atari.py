@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 2 ppo_atari.py --env Breakout --num-envs 4        # data parallel
     python ppo_atari.py --evaluate runs/NAME --capture-video
 
-190 steps/s on one AVX2 core and 370 on two (Stable-Baselines3: 149 and 255); of the time on one
-core the update takes 76%, the environment 15%, the policy 9%. Breakout scores 17.8 after 1M steps, in
-1.4 hours of one core (seed 1, last 100 games). The path for a GPU (CUDA graphs, pinned copies)
-is written but untested: none was at hand.
+- Breakout 17.8 after 1M steps (last 100 games, seed 1) in 1.4 hours of one core
+- 190 steps/s on one core and 370 on two (Stable-Baselines3: 149 and 255)
+- of the time on one core the update takes 76%, the environment 15%, the policy 9%
+- all on an AMD EPYC (AVX2) with torch 2.13 and envpool 1.2.5
+- the path for a GPU (CUDA graphs, pinned copies) is written but untested: none was at hand
 """
 
 # /// script

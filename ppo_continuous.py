@@ -4,7 +4,8 @@
     python ppo_continuous.py --env my_module:MyEnv-v0 --num-envs 8 --num-steps 256 --track
     python ppo_continuous.py --evaluate runs/NAME --capture-video
 
-HalfCheetah 1727, Hopper 2292, Walker2d 4199 after 1M steps (means of 3 seeds).
+- HalfCheetah 1727, Hopper 2292, Walker2d 4199 after 1M steps (last 100 episodes, seeds 1 to 3)
+- 4 to 10 minutes a run on one core of an AMD EPYC with torch 2.13 and envpool 1.2.5
 """
 
 # /// script

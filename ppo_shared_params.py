@@ -4,8 +4,10 @@
     python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2
     python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
 
-Rewards are scaled, because the value loss of unscaled ones takes all of the clipped gradient of a
-shared trunk: CartPole then reaches 219 instead of 500, or 493 with --vf-coef 0.01 (seed 1).
+- CartPole-v1 500 (seeds 1 to 5), Acrobot-v1 -84.8 (1 to 3) after 500,000 steps (last 100 episodes)
+- half a minute a run on one core of an AMD EPYC with torch 2.13 and envpool 1.2.5
+- rewards are scaled: the value loss of unscaled ones takes all of a shared trunk's clipped gradient
+  (CartPole then reaches 234 instead of 500, or 495 with --vf-coef 0.01)
 """
 
 # /// script
