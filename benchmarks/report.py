@@ -206,8 +206,10 @@ def table1(results: Results, suite: str) -> str:
             else [""] * 3
         )
         rows.append([s, row["score"], *cells, seeds_text(results.complete_seeds(suite, s, suites.MUJOCO))])
-    head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "seeds"]
+    head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "whole seeds run"]
     text = markdown(head, rows)
+    if by_run:
+        text += f"\nScores are of the seeds that every setting has: {seeds_text(table1_seeds(results, suite))}.\n"
     rows = [[s, *(results.cell(suite, s, env) for env in suites.MUJOCO)] for s in suites.TABLE1]
     return text + "\n" + markdown(["return", *suites.MUJOCO], rows) + results.footer(suite)
 
