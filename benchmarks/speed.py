@@ -1,15 +1,15 @@
 """Steps per second side by side: every contestant in turn, A B A B, each measurement a process of its own on the same cores.
 
-    python benchmarks/speed.py --rounds 5 --peer-python ../peers/bin/python --name mine
-    python benchmarks/speed.py --cleanrl ../cleanrl/cleanrl/ppo_continuous_action.py --cleanrl-python ../clean/bin/python
+    python benchmarks/speed.py --rounds 5 --peer-python peers/bin/python --name mine
+    python benchmarks/speed.py --cleanrl cleanrl/cleanrl/ppo_continuous_action.py --cleanrl-python clean/bin/python
     python benchmarks/speed.py --rounds 5 --contestant "ours, 1 env" "environment only, 1 env" --steps 20480
-    python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python ../peers/bin/python
+    python benchmarks/speed.py --env Breakout --steps 4096 --cores 0 1 --threads 2 --peer-python peers/bin/python
 
 With --name the measurements are kept in results/speed/ for the tables; without it they are only printed.
 
 Contestants for MuJoCo: ppo_continuous.py with 1 and 8 environments, compiled and eager (its own SPS, which leaves start-up
 and compilation out); the same environments stepped with random actions, by envs.step and by the script's faster make_step;
-Stable-Baselines3 with the same hyperparameters, batch size and network (--peer-python: a Python that has it); sbx likewise
+Stable-Baselines3 with the same network, batch size and epochs (--peer-python: a Python that has it); sbx likewise
 (--sbx-python); the script of a CleanRL checkout, unchanged (--cleanrl), whose defaults are the same (--cleanrl-python: a
 Python with gymnasium 0.29, which it needs). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch
 instead of four (the difference is what three epochs cost), its environments alone, and Stable-Baselines3. For CartPole-v1:
@@ -122,7 +122,7 @@ def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict
 
 
 def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int) -> dict:
-    """PPO of Stable-Baselines3 or sbx on MuJoCo, with the defaults of ppo_continuous.py."""
+    """PPO of Stable-Baselines3 or sbx on MuJoCo, with what costs time set as in ppo_continuous.py."""
     own = {"n_steps": BATCH // num_envs, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
     import gymnasium
     import stable_baselines3

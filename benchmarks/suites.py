@@ -197,7 +197,8 @@ def make_suite(name: str) -> list[Run]:
         return sorted(runs, key=lambda run: run.seed)
     if name == "atari-short":
         return [
-            Run(name, "default", "ppo_atari.py", game, 1, {"total_timesteps": steps}) for game, steps in ATARI_SHORT.items()
+            Run(name, "default", "ppo_atari.py", game, 1, {"total_timesteps": steps, "checkpoint_every": 200})
+            for game, steps in ATARI_SHORT.items()
         ]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
