@@ -9,7 +9,7 @@
 - 190 steps/s on one core and 370 on two (Stable-Baselines3: 149 and 255)
 - of the time on one core the update takes 76%, the environment 15%, the policy 9%
 - all on an AMD EPYC (AVX2) with torch 2.13 and envpool 1.2.5
-- the path for a GPU (CUDA graphs, pinned copies) is written but untested: none was at hand
+- the path for a GPU (CUDA graphs for policy step and gradient, pinned copies) is written but untested: none was at hand
 """
 
 # /// script
@@ -176,7 +176,7 @@ class Args:
 
     # speed
     compile: bool = True
-    """compile policy step and update with torch.compile (needs a C++ compiler on a CPU; CUDA graphs on a GPU)"""
+    """compile policy step and update with torch.compile (needs a C++ compiler on a CPU; CUDA graphs on a GPU, but for Adam)"""
     device: str = "auto"
     """device of network and rollout: cpu, cuda, cuda:1; auto: a GPU if there is one. GPUs are untested"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -546,7 +546,7 @@ def save_checkpoint(file: Path, checkpoint: dict):
 
 
 def describe_run(args: Args) -> dict:
-    """First record of metrics.jsonl: all that is needed to repeat the run."""
+    """First record of metrics.jsonl: all that is needed to repeat the run as it was started, before any --resume."""
     git = (
         subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         if shutil.which("git")
@@ -577,8 +577,8 @@ def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
         frames = envs.render()
-    except NotImplementedError:
-        frames = None
+    except (RuntimeError, OSError) as error:  # NotImplementedError among them
+        raise UsageError(f"capture_video needs an environment that draws itself ({error!r})") from error
     if frames is None or frames[0] is None:
         raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
     return Image.fromarray(frames[0]).quantize(64)
@@ -590,6 +590,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     Returns {"returns": [...], "lengths": [...], "deterministic": bool}, raw rewards summed and agent steps, and writes it
     to args.run_dir/evaluation.json; with args.capture_video the first game goes to evaluation.gif beside it.
     """
+    torch.set_num_threads(args.num_threads)
     drawing = ", drawing the first" if args.capture_video else ""
     tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
     rng = np.random.default_rng([args.seed, 2**31])  # independent of what training draws
@@ -632,6 +633,7 @@ def train(args: Args) -> dict:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # convolutions that add up in the same order each time
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     if args.track and rank == 0:
@@ -639,6 +641,10 @@ def train(args: Args) -> dict:
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
+        try:
+            wandb.Settings(project=args.wandb_project_name)
+        except wandb.errors.Error as error:
+            raise UsageError(f"wandb_project_name is {args.wandb_project_name}: {error}") from error
 
     # the environment's spaces give the sizes of everything below
     T, N = args.num_steps, args.num_envs
@@ -910,6 +916,8 @@ def parse_args() -> tuple[Args, dict | None]:
     named.add_argument("--resume", default="")
     named.add_argument("--evaluate", default="")
     paths = named.parse_known_args()[0]
+    if paths.resume and paths.evaluate:
+        raise UsageError("resume continues a run, evaluate plays one: give one of them")
     if not (paths.resume or paths.evaluate):
         return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
@@ -964,7 +972,8 @@ def main():
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteError, OSError) as error:
-        last = f"; the last checkpoint is {args.run_dir}/checkpoint.pt" if args else ""
+        file = Path(args.run_dir, "checkpoint.pt") if args else None
+        last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{Path(__file__).name}: stopped: {error}{last}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

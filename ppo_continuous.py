@@ -253,15 +253,18 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
         if render and sys.platform == "linux" and not ctypes.util.find_library("EGL"):
             raise UsageError("capture_video needs OpenGL: install libEGL (on Debian: apt-get install libegl1)")
         size = {"render_width": 320, "render_height": 240} if render else {}
-        envs: Any = envpool.make(
-            env_id,
-            env_type="gymnasium",
-            num_envs=len(seeds),
-            seed=seeds,
-            num_threads=min(num_threads, len(seeds)),
-            **drawn,
-            **size,
-        )
+        try:
+            envs: Any = envpool.make(
+                env_id,
+                env_type="gymnasium",
+                num_envs=len(seeds),
+                seed=seeds,
+                num_threads=min(num_threads, len(seeds)),
+                **drawn,
+                **size,
+            )
+        except (ImportError, RuntimeError, OSError) as error:
+            raise UsageError(f"cannot make environment {name}: {error}") from error
     else:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie in the current directory
@@ -577,7 +580,7 @@ def save_checkpoint(file: Path, checkpoint: dict):
 
 
 def describe_run(args: Args) -> dict:
-    """First record of metrics.jsonl: all that is needed to repeat the run."""
+    """First record of metrics.jsonl: all that is needed to repeat the run as it was started, before any --resume."""
     git = (
         subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         if shutil.which("git")
@@ -608,8 +611,8 @@ def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
         frames = envs.render()
-    except NotImplementedError:
-        frames = None
+    except (RuntimeError, OSError) as error:  # NotImplementedError among them
+        raise UsageError(f"capture_video needs an environment that draws itself ({error!r})") from error
     if frames is None or frames[0] is None:
         raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
     return Image.fromarray(frames[0]).quantize(64)
@@ -665,6 +668,10 @@ def train(args: Args) -> dict:
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
+        try:
+            wandb.Settings(project=args.wandb_project_name)
+        except wandb.errors.Error as error:
+            raise UsageError(f"wandb_project_name is {args.wandb_project_name}: {error}") from error
 
     # the environment's spaces give the sizes of everything below
     T, N = args.num_steps, args.num_envs
@@ -921,6 +928,8 @@ def parse_args() -> tuple[Args, dict | None]:
     named.add_argument("--resume", default="")
     named.add_argument("--evaluate", default="")
     paths = named.parse_known_args()[0]
+    if paths.resume and paths.evaluate:
+        raise UsageError("resume continues a run, evaluate plays one: give one of them")
     if not (paths.resume or paths.evaluate):
         return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
@@ -973,7 +982,8 @@ def main():
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteError, OSError) as error:
-        last = f"; the last checkpoint is {args.run_dir}/checkpoint.pt" if args else ""
+        file = Path(args.run_dir, "checkpoint.pt") if args else None
+        last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{Path(__file__).name}: stopped: {error}{last}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -272,15 +272,18 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
         if render and sys.platform == "linux" and not ctypes.util.find_library("EGL"):
             raise UsageError("capture_video needs OpenGL: install libEGL (on Debian: apt-get install libegl1)")
         size = {"render_width": 320, "render_height": 240} if render else {}
-        envs: Any = envpool.make(
-            env_id,
-            env_type="gymnasium",
-            num_envs=len(seeds),
-            seed=seeds,
-            num_threads=min(num_threads, len(seeds)),
-            **drawn,
-            **size,
-        )
+        try:
+            envs: Any = envpool.make(
+                env_id,
+                env_type="gymnasium",
+                num_envs=len(seeds),
+                seed=seeds,
+                num_threads=min(num_threads, len(seeds)),
+                **drawn,
+                **size,
+            )
+        except (ImportError, RuntimeError, OSError) as error:
+            raise UsageError(f"cannot make environment {name}: {error}") from error
     else:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie in the current directory
@@ -301,7 +304,7 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
 def action_components(space: gymnasium.Space, bins: int | None) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Number of choices of each action component (C,), and offset and scale (C,) from a choice to what the space holds."""
     spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box):
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.integer):
         if bins is None:
             raise UsageError(f"the action space is {space}: add --discretize-actions 7, or use ppo_continuous.py")
         low, high = space.low.flatten(), space.high.flatten()
@@ -314,6 +317,11 @@ def action_components(space: gymnasium.Space, bins: int | None) -> tuple[list[in
         return [int(space.n)], np.array([space.start]), np.ones(1, dtype=int)
     if isinstance(space, spaces.MultiDiscrete):
         return space.nvec.flatten().tolist(), space.start.flatten(), np.ones(space.nvec.size, dtype=int)
+    if isinstance(space, spaces.Box):  # of integers: each value within the bounds is a choice
+        low, count = space.low.flatten().astype(int), (space.high.astype(int) - space.low.astype(int) + 1).flatten()
+        if not ((count > 0) & (count <= 1000)).all():
+            raise UsageError(f"the action space {space} has components of more than 1000 values")
+        return count.tolist(), low, np.ones(low.size, dtype=int)
     raise UsageError(f"the action space is {space}; this script needs Discrete, MultiDiscrete or Box")
 
 
@@ -335,14 +343,21 @@ def flatten_obs(obs: Any, space: gymnasium.Space, observe: tuple[int, ...] = ())
 def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray | None:
     """Which actions are valid, (N, C, K), from the observation or else the info; None where neither says it.
 
-    real (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a
-    game, all real choices count as valid, so that a distribution exists.
+    A mask is an array of all choices, component after component, or a tuple or list with one part for each component. real
+    (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a game, all
+    real choices count as valid, so that a distribution exists.
     """
     places = [place[key] for place in (obs, info) if isinstance(place, dict) for key in MASK_KEYS if key in place]
     if not places:
         return None
-    masks = np.zeros((len(places[0]), *real.shape), dtype=bool)
-    masks[:, real] = places[0].reshape(len(masks), -1)
+    flat: Any = places[0]
+    if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
+        flat = [np.hstack(mask) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
+    sizes = {np.size(mask) for mask in flat}
+    if sizes != {real.sum()}:
+        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices to mask")
+    masks = np.zeros((len(flat), *real.shape), dtype=bool)
+    masks[:, real] = np.reshape(flat, (len(flat), -1))
     return np.where(masks.any(axis=2, keepdims=True), masks, real)
 
 
@@ -740,7 +755,7 @@ def save_checkpoint(file: Path, checkpoint: dict):
 
 
 def describe_run(args: Args) -> dict:
-    """First record of metrics.jsonl: all that is needed to repeat the run."""
+    """First record of metrics.jsonl: all that is needed to repeat the run as it was started, before any --resume."""
     git = (
         subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         if shutil.which("git")
@@ -771,8 +786,8 @@ def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
         frames = envs.render()
-    except NotImplementedError:
-        frames = None
+    except (RuntimeError, OSError) as error:  # NotImplementedError among them
+        raise UsageError(f"capture_video needs an environment that draws itself ({error!r})") from error
     if frames is None or frames[0] is None:
         raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
     return Image.fromarray(frames[0]).quantize(64)
@@ -830,6 +845,10 @@ def train(args: Args) -> dict:
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
+        try:
+            wandb.Settings(project=args.wandb_project_name)
+        except wandb.errors.Error as error:
+            raise UsageError(f"wandb_project_name is {args.wandb_project_name}: {error}") from error
 
     # the environment's spaces give the sizes of everything below
     T, N = args.num_steps, args.num_envs
@@ -1119,6 +1138,8 @@ def parse_args() -> tuple[Args, dict | None]:
     named.add_argument("--resume", default="")
     named.add_argument("--evaluate", default="")
     paths = named.parse_known_args()[0]
+    if paths.resume and paths.evaluate:
+        raise UsageError("resume continues a run, evaluate plays one: give one of them")
     if not (paths.resume or paths.evaluate):
         return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
@@ -1171,7 +1192,8 @@ def main():
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteError, OSError) as error:
-        last = f"; the last checkpoint is {args.run_dir}/checkpoint.pt" if args else ""
+        file = Path(args.run_dir, "checkpoint.pt") if args else None
+        last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{Path(__file__).name}: stopped: {error}{last}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -584,7 +584,9 @@ def test_evaluation_plays_whole_games_and_repeats_itself():
     ppo_atari.train(tiny_args(total_timesteps=16))
     checkpoint = read_checkpoint("run")
     args = tiny_args(**settings)
+    torch.set_num_threads(2)
     first = ppo_atari.evaluate(args, checkpoint)
+    assert torch.get_num_threads() == args.num_threads == 1
     assert first == ppo_atari.evaluate(args, checkpoint)
     assert min(first["lengths"]) > 100  # five lives of about 25 steps
     whole = tiny_args(**settings, eval_deterministic=True)

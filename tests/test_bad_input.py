@@ -87,6 +87,7 @@ def fails(monkeypatch, capsys):
         ),
         ({"env": "Hopper-v2"}, r"cannot make environment Hopper-v2: .*mujoco"),
         ({"resume": "nowhere"}, r"there is no checkpoint nowhere"),
+        ({"resume": "one", "evaluate": "other"}, r"give one of them"),
         ({"evaluate": "nowhere/checkpoint.pt"}, r"there is no checkpoint nowhere/checkpoint.pt"),
     ],
 )
@@ -167,6 +168,11 @@ def test_wandb_without_login(fails, monkeypatch, tmp_path_factory):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda **options: False)  # what it answers without a key; it would ask the network
     assert "--track needs a login: run `wandb login`, or set WANDB_MODE=offline" in fails(*tiny_flags(track=True))
+
+
+def test_wandb_project_that_wandb_refuses(fails, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "wandb_project_name is a/b: " in fails(*tiny_flags(track=True, wandb_project_name="a/b"))
 
 
 @pytest.mark.parametrize("where", ["observation", "reward"])

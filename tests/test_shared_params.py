@@ -81,6 +81,8 @@ class Masked(RandomEndsDiscrete):
         self.mask[self.np_random.integers(3)] = self.mask[3 + self.np_random.integers(5)] = True
         if self.place == "observation":
             return {"x": obs, "action_mask": self.mask.astype(np.int8)}, {}
+        if self.place == "tuple":  # as MultiDiscrete.sample takes it
+            return obs, {"action_mask": (self.mask[:3].astype(np.int8), self.mask[3:].astype(np.int8))}
         return obs, {"action_mask": self.mask}
 
     def reset(self, *, seed=None, options=None):
@@ -130,9 +132,11 @@ register("RandomEndsDiscrete-v0", RandomEndsDiscrete)
 register("RandomEndsShifted-v0", RandomEndsDiscrete, kwargs={"action_space": Discrete(3, start=-1)})
 register("RandomEndsMulti-v0", RandomEndsDiscrete, kwargs={"action_space": MultiDiscrete([2, 4, 3])})
 register("RandomEndsBox-v0", RandomEndsDiscrete, kwargs={"action_space": Box(np.float32(-2), np.float32(1), (2,))})
+register("RandomEndsWide-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-(2**31), 2**31 - 1, (2,), np.int32)})
 register("RandomEndsBinary-v0", RandomEndsDiscrete, kwargs={"action_space": MultiBinary(3)})
 register("RandomEndsUnbounded-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-np.inf, np.inf, (2,))})
 register("MaskedInfo-v0", Masked, kwargs={"place": "info"})
+register("MaskedTuple-v0", Masked, kwargs={"place": "tuple"})
 register("MaskedAtFirst-v0", MaskedAtFirst)
 register("MaskedObservation-v0", Masked, kwargs={"place": "observation"})
 register("Recall-v0", Recall)
@@ -217,6 +221,8 @@ def test_action_spaces():
     assert (nvec, (offset + scale * np.arange(3)).tolist()) == ([3], [-1, 0, 1])
     nvec, offset, scale = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
     assert (nvec, (offset + scale * np.array([1, 3, 2])).tolist()) == ([2, 4, 3], [1, 8, 2])
+    nvec, offset, scale = action_components(Box(np.array([-1, 0]), np.array([1, 4]), dtype=np.int32), None)
+    assert (nvec, (offset + scale * np.array([2, 3])).tolist()) == ([3, 5], [1, 3])
 
 
 @pytest.mark.parametrize(
@@ -231,6 +237,7 @@ def test_action_spaces():
         ("BipedalWalker-v3", {"discretize_actions": 5, "norm_obs": "batch"}),
         ("Game2048-v1", {}),
         ("GraphColoring-v1", {"lstm": True}),
+        ("Cleaner-v0", {}),  # actions are a Box of integers
     ],
 )
 def test_runs_and_evaluates_in(env, flags):
@@ -255,7 +262,7 @@ def test_samples_follow_the_policy(trace):
 # masks
 
 
-@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedObservation-v0"])
+@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedTuple-v0", "MaskedObservation-v0"])
 @pytest.mark.parametrize("lstm", [False, True])
 def test_aux_action_masks_are_obeyed(env, lstm, trace):
     """The environment raises at an invalid action."""
@@ -303,6 +310,22 @@ def test_aux_action_masks_where_nothing_is_valid_all_choices_count():
         assert masks is not None
         assert masks.tolist() == expected
     assert read_masks(np.zeros((2, 1)), {"other": flat}, real) is None
+
+
+def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
+    """SyncVectorEnv hands them on as an array of objects, with None where an environment gave none."""
+    real, obs = np.array([[True, True, False], [True, True, True]]), np.zeros((4, 1))
+    given = np.empty(4, dtype=object)
+    given[:] = [None, (np.array([0, 1]), np.array([1, 0, 1])), [False, True, False, False, True], np.array([0, 1, 0, 0, 1])]
+    last = [[False, True, False], [False, False, True]]
+    expected = [real.tolist(), [[False, True, False], [True, False, True]], last, last]
+    masks = read_masks(obs, {"action_mask": given}, real)
+    assert masks is not None
+    assert masks.tolist() == expected
+    given[1] = [False, True]
+    for wrong in (given, np.ones((4, 6))):
+        with pytest.raises(UsageError, match="there are 5 choices to mask"):
+            read_masks(obs, {"action_mask": wrong}, real)
 
 
 def test_observations_become_vectors():
@@ -667,6 +690,11 @@ def test_renamed_copy_runs_alone():
         ({"env": "RandomEndsUnbounded-v0", "discretize_actions": 3}, "no finite bounds"),
         ({"env": "RandomEndsBinary-v0"}, "needs Discrete, MultiDiscrete or Box"),
         ({"discretize_actions": 3}, "leave out --discretize-actions"),
+        ({"env": "Cleaner-v0", "discretize_actions": 7}, "leave out --discretize-actions"),
+        ({"env": "RandomEndsWide-v0"}, "more than 1000 values"),
+        ({"env": "Minesweeper-v0"}, r"masks of \{100\} entries, but there are 20 choices"),
+        ({"env": "Sudoku-v0"}, "cannot make environment Sudoku-v0: failed to open"),
+        ({"env": "FrozenLake-v1", "capture_video": True, "eval_episodes": 1}, "needs an environment that draws itself"),
         ({"env": "ConnectFour-v1"}, "several players"),
         ({"env": "CartPoll"}, "nearest names: .*CartPole-v1"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
