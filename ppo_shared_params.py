@@ -352,7 +352,7 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray | None:
         return None
     flat: Any = places[0]
     if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
-        flat = [np.hstack(mask) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
+        flat = [np.hstack(list(mask)) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
     sizes = {np.size(mask) for mask in flat}
     if sizes != {real.sum()}:
         raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices to mask")
