@@ -467,7 +467,7 @@ def draw_curves(data: dict, plt):
             )
             axis.fill_between(million, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
         seeds = sorted({curve["seeds"] for curve in algorithms.values()})
-        axis.set_title(f"{env} ({'/'.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", fontsize=9)
+        axis.set_title(f"{env} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
         axis.set_xlabel("million steps", fontsize=7)
