@@ -488,6 +488,9 @@ def table1_data(results: Results) -> dict:
     return {"paper": paper, "ours": data} if data else {}
 
 
+TABLE1_BOTTOM = -0.6  # of the plot: a bar that goes below it is cut off and says its score, so that the others stay readable
+
+
 def draw_table1(data: dict, plt):
     settings = list(data["paper"])
     series = {"paper": {s: [x, x, x] for s, x in data["paper"].items()}, **data["ours"]}
@@ -502,7 +505,13 @@ def draw_table1(data: dict, plt):
             x, mean, width, yerr=errors, label=label, color=looks[i][0], hatch=looks[i][1], edgecolor="black", lw=0.7,
             error_kw={"ecolor": "black", "lw": 1.2, "capsize": 2},
         )  # fmt: skip
+        for left, *score in zip(x, mean, low, high, strict=True):
+            if score[0] < TABLE1_BOTTOM:
+                text = f" {number(score[0])} [{number(score[1])}, {number(score[2])}]"
+                axis.text(left + width / 2, TABLE1_BOTTOM + 0.03, text, fontsize=8)
     axis.axhline(0, color="black", lw=0.8)
+    if axis.get_ylim()[0] < TABLE1_BOTTOM:
+        axis.set_ylim(TABLE1_BOTTOM, 1.05)
     axis.set_xticks(range(len(settings)), settings, rotation=30, ha="right", fontsize=8)
     axis.set_ylabel("normalized score\n(random policy 0, best run 1)", fontsize=8)
     axis.tick_params(axis="y", labelsize=8)

@@ -678,6 +678,20 @@ def test_table1_takes_whole_seeds_only_and_waits_for_all_settings(tmp_path):
     assert by_run["fixed KL 10"].tolist() == [[0.5] * 7]
 
 
+def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
+    import matplotlib.pyplot as plt
+
+    level = dict.fromkeys(suites.TABLE1, 50) | {"no clipping or penalty": -910}
+    fake_results(tmp_path, "table1", level, suites.MUJOCO, (1, 2), lambda s, e, seed: level[s] + 10 * (seed - 1))
+    fake_random(tmp_path, -40.0)
+    figure = report.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
+    axis = figure.axes[0]
+    assert axis.get_ylim()[0] == report.TABLE1_BOTTOM
+    (text,) = axis.texts
+    assert re.fullmatch(r" -8.65 \[-8.[67]\d, -8.[56]\d\]", text.get_text())  # (-905 + 40) / 100
+    plt.close(figure)
+
+
 def test_effect_of_details(tmp_path):
     fake_random(tmp_path, 0.0)
     fake_results(tmp_path, "base", ["default"], suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: 100)
