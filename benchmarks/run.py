@@ -46,7 +46,7 @@ START_SECONDS = 15  # of a run before its first step, for the expected time
 MIN_FREE = 200e6  # bytes of disk below which no run is started
 # Arguments that are no part of a setting: where a run stands and what it shows, and what it runs on.
 LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"}
-MACHINE = {"num_threads", "device", "compile", "checkpoint_every"}
+MACHINE = {"num_threads", "device", "compile"}
 
 
 class RunnerError(Exception):
@@ -709,6 +709,8 @@ def main(argv: list[str]) -> int:
             if len(options.names) != 1 or not (ROOT / options.names[0]).is_file():
                 parser.error("sweep needs one script of the repository, such as ppo_continuous.py")
             name = options.name or f"sweep_{Path(options.names[0]).stem}"
+            if name in suites.SUITES:
+                parser.error(f"--name {name} is a stored suite: choose another name for the sweep")
             try:
                 runs = suites.make_sweep(name, options.names[0], others)
             except ValueError as error:
@@ -716,6 +718,10 @@ def main(argv: list[str]) -> int:
         else:
             if options.names:
                 parser.error(f"unexpected: {' '.join(options.names)}")
+            if options.total_timesteps and options.results_dir == RESULTS.resolve():
+                parser.error(
+                    "--total-timesteps makes other runs than those of the suite: give them a --results-dir of their own"
+                )
             runs = suites.make_suite(options.suite)
         return execute(runs, options)
     except (RunnerError, OSError) as error:

@@ -187,7 +187,8 @@ def measure_script(script: str, batch: int, env: str, num_envs: int, steps: int,
         header, first, *_, last = (json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines())
     measured = last["global_step"] - first["global_step"]
     sps = measured / (last["charts/seconds"] - first["charts/seconds"])
-    return {"sps": sps, "first_iteration_seconds": first["charts/seconds"], "versions": header["versions"]}
+    versions = header["versions"] | {f"{script}, sha256": header["script_sha256"][:10]}
+    return {"sps": sps, "first_iteration_seconds": first["charts/seconds"], "versions": versions}
 
 
 FLAGS = {

@@ -151,6 +151,43 @@ def test_detail_17_fire_starts_each_life(on):
     assert lost >= 3 if on else lost == 0  # Breakout serves no ball before FIRE
 
 
+def frames_until(envs, ram, action=0) -> int:
+    """Frames with this action until the game is in this state."""
+    for count in range(40):
+        if (envs.step(repeat(1, action))[4]["ram"][0] == ram).all():
+            return count + 1
+    raise AssertionError("another state")
+
+
+def test_what_envpool_does_after_a_lost_life():
+    """DETAILS.md lists it: 1 to noop_max frames pass, FIRE is pressed for one frame, the frame stack is not cleared."""
+    passed = []
+    for seed in (1, 2, 3):
+        envs, _ = detail_envs("SpaceInvaders", [seed], noop_max=30, episodic_life=True)
+        whole, _ = detail_envs("SpaceInvaders", [seed], noop_max=30)  # the same game, where a lost life is no end
+        terminated = [False]
+        while not terminated[0]:
+            obs, _, terminated, _, info = envs.step(repeat(1, 0))
+            obs = obs.copy()
+            assert (whole.step(repeat(1, 0))[4]["ram"] == info["ram"]).all()
+        assert info["lives"][0] == 2
+        after, _, _, _, info = envs.step(repeat(1, 3))  # the step that resets ignores its action
+        assert (after[:, :3] == obs[:, 1:]).all()
+        assert (obs[:, 0] != obs[:, 3]).any()
+        passed.append(frames_until(whole, info["ram"][0]))
+    assert len(set(passed)) == 3
+    assert max(passed) <= 30
+
+    envs, _ = detail_envs("Breakout", [1], fire_reset=True, episodic_life=True)
+    whole, _ = detail_envs("Breakout", [1], fire_reset=True)
+    while not envs.step(repeat(1, 0))[2][0]:
+        whole.step(repeat(1, 0))
+    whole.step(repeat(1, 0))
+    served = envs.step(repeat(1, 0))[4]["ram"][0]
+    assert frames_until(whole, served, action=1) == 1  # one frame with FIRE
+    assert (whole.step(repeat(1, 0))[4]["ram"] == envs.step(repeat(1, 0))[4]["ram"]).all()
+
+
 def test_detail_18_frames_are_gray_and_84_by_84():
     envs, obs = detail_envs("Breakout", [1, 2])
     assert obs.shape == (2, 4, 84, 84)

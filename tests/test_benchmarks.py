@@ -524,6 +524,8 @@ def test_bad_arguments(repo):
         (["sweep", "ppo_continuous.py", "--seed", "1"], "names its environments"),
         (["nonsense"], "invalid choice"),
         (["base", "--jobs", "0"], "at least 1"),
+        (["base", "--total-timesteps", "5000"], "a --results-dir of their own"),
+        (["sweep", "ppo_continuous.py", "--env", "A", "--name", "base"], "is a stored suite"),
     ):
         code, _, err = finish(repo, *words)
         assert code == 2
