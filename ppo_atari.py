@@ -180,7 +180,7 @@ class Args:
     device: str = "auto"
     """device of network and rollout: cpu, cuda, cuda:1; auto: a GPU if there is one. GPUs are untested"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the trunk; bfloat16 is faster only on GPUs and CPUs that compute in it (AMX)"""
+    """of the trunk: float32 (TF32 on a GPU), or bfloat16, which is faster only on GPUs and CPUs that compute in it (AMX)"""
     num_threads: int = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     """CPU threads of torch and of envpool, which take turns, of each rank, at least 1; default: the cores there are"""
 
@@ -569,7 +569,8 @@ def describe_run(args: Args) -> dict:
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile finds a compiler (of C++; of C for a GPU) and the headers of Python, both of which it needs."""
-    compilers = os.environ.get("CXX", "").split()[:1] or ["g++"] if device == "cpu" else ["cc", "gcc", "clang"]
+    named, usual = ("CXX", ["g++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
+    compilers = os.environ.get(named, "").split()[:1] or usual
     return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
@@ -577,11 +578,19 @@ def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
         frames = envs.render()
-    except (RuntimeError, OSError) as error:  # NotImplementedError among them
-        raise UsageError(f"capture_video needs an environment that draws itself ({error!r})") from error
-    if frames is None or frames[0] is None:
-        raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
-    return Image.fromarray(frames[0]).quantize(64)
+        if frames is None or frames[0] is None:
+            raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
+        return Image.fromarray(frames[0]).quantize(64)
+    except (RuntimeError, OSError, TypeError, ValueError, AttributeError, gymnasium.error.Error) as error:
+        raise UsageError(f"capture_video needs an environment that draws itself, in bytes ({error!r})") from error
+
+
+def set_up_torch(device: str, num_threads: int):
+    """Threads; on a GPU convolutions that add up in the same order each time, and all products in TF32 like theirs."""
+    torch.set_num_threads(num_threads)
+    if device.startswith("cuda"):
+        torch.backends.cudnn.deterministic = True
+        torch.set_float32_matmul_precision("high")
 
 
 def evaluate(args: Args, checkpoint: dict) -> dict:
@@ -590,7 +599,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     Returns {"returns": [...], "lengths": [...], "deterministic": bool}, raw rewards summed and agent steps, and writes it
     to args.run_dir/evaluation.json; with args.capture_video the first game goes to evaluation.gif beside it.
     """
-    torch.set_num_threads(args.num_threads)
+    set_up_torch(args.device, args.num_threads)
     drawing = ", drawing the first" if args.capture_video else ""
     tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
     rng = np.random.default_rng([args.seed, 2**31])  # independent of what training draws
@@ -626,14 +635,13 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
 def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 games), ..."""
     start_time = time.perf_counter()
-    torch.set_num_threads(args.num_threads)
+    set_up_torch(args.device, args.num_threads)
     rank, world_size, device = args.rank, args.world_size, args.device
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # convolutions that add up in the same order each time
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     if args.track and rank == 0:
@@ -666,8 +674,9 @@ def train(args: Args) -> dict:
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": not on_gpu, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         options["triton.cudagraphs"] = on_gpu
-        act, compute_gradient, adam_step = (
-            torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in (act, compute_gradient, adam_step)
+        options["deterministic"] = on_gpu  # kernels chosen without trying them out: the same bits each time
+        act, compute_gradient, adam_step = (  # a copy of the options for each, because torch takes the filter out of them
+            torch.compile(f, fullgraph=True, dynamic=False, options=dict(options)) for f in (act, compute_gradient, adam_step)
         )
     start_iteration, global_step, log_sizes = 0, 0, {}
     recent_returns: deque[float] = deque(maxlen=100)
@@ -736,8 +745,8 @@ def train(args: Args) -> dict:
         save_checkpoint(run_dir / "checkpoint.pt", state)
 
     if rank == 0:
-        if not checkpoint:
-            save(0)
+        if not checkpoint or checkpoint["args"]["total_timesteps"] != args.total_timesteps:
+            save(start_iteration)
         speed = "GPUs are untested" if on_gpu else "expect about 190 steps/s per core with AVX2"
         tqdm.tqdm.write(
             f"{args.env}: {N} x {T} steps, {world_size} rank(s), {args.num_iterations} iterations on {device}, "
@@ -915,6 +924,7 @@ def parse_args() -> tuple[Args, dict | None]:
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--resume", default="")
     named.add_argument("--evaluate", default="")
+    named.add_argument("--device", default="")
     paths = named.parse_known_args()[0]
     if paths.resume and paths.evaluate:
         raise UsageError("resume continues a run, evaluate plays one: give one of them")
@@ -923,8 +933,10 @@ def parse_args() -> tuple[Args, dict | None]:
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
         settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        if int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
-            settings["device"] = "cpu"  # so that a run of a GPU can be evaluated without one
+        no_gpu = int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count()
+        # a run of a GPU can be evaluated without one; resumed without one it would go on with other bits, so that is asked for
+        settings |= {"device": "cpu"} if paths.evaluate and no_gpu else {}
+        settings |= {"device": paths.device} if paths.device else {}
         if paths.evaluate and not settings.get("eval_episodes"):
             settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
         saved = Args(**settings)

@@ -248,6 +248,8 @@ class Args:
 def find_env(name: str) -> tuple[str, bool]:
     """Full id of an environment and whether envpool has it. A bare name means version 4, else the newest one."""
     if ":" in name:
+        if not re.fullmatch(r"[^\W\d][\w.]*:[^:]+", name):
+            raise UsageError(f"unknown environment {name}: an environment of your own is my_module:MyEnv-v0")
         return name, False
     known = set(envpool.list_all_envs()) | set(gymnasium.registry)
     versions = sorted(
@@ -301,28 +303,33 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
     return envs, obs, info
 
 
-def action_components(space: gymnasium.Space, bins: int | None) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Number of choices of each action component (C,), and offset and scale (C,) from a choice to what the space holds."""
+def action_components(space: gymnasium.Space, bins: int | None) -> tuple[list[int], np.ndarray]:
+    """Number of choices of each action component (C,), and what the space holds for each choice (C, K), K the most choices.
+
+    A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value.
+    """
     spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.integer):
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         if bins is None:
             raise UsageError(f"the action space is {space}: add --discretize-actions 7, or use ppo_continuous.py")
-        low, high = space.low.flatten(), space.high.flatten()
+        low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
         if not np.isfinite(high - low).all():
             raise UsageError(f"the action space {space} has no finite bounds to divide: use ppo_continuous.py")
-        return [bins] * low.size, low, (high - low) / (bins - 1)
+        return [bins] * low.size, np.linspace(low, high, bins, axis=1).astype(space.dtype)
     if bins is not None:
         raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
     if isinstance(space, spaces.Discrete):
-        return [int(space.n)], np.array([space.start]), np.ones(1, dtype=int)
-    if isinstance(space, spaces.MultiDiscrete):
-        return space.nvec.flatten().tolist(), space.start.flatten(), np.ones(space.nvec.size, dtype=int)
-    if isinstance(space, spaces.Box):  # of integers: each value within the bounds is a choice
-        low, count = space.low.flatten().astype(int), (space.high.astype(int) - space.low.astype(int) + 1).flatten()
-        if not ((count > 0) & (count <= 1000)).all():
+        nvec, first = np.array([space.n]), np.array([space.start])
+    elif isinstance(space, spaces.MultiDiscrete):
+        nvec, first = space.nvec.flatten(), space.start.flatten()
+    elif isinstance(space, spaces.Box):
+        first = space.low.flatten().astype(int)
+        nvec = space.high.flatten().astype(int) - first + 1
+        if not ((nvec > 0) & (nvec <= 1000)).all():
             raise UsageError(f"the action space {space} has components of more than 1000 values")
-        return count.tolist(), low, np.ones(low.size, dtype=int)
-    raise UsageError(f"the action space is {space}; this script needs Discrete, MultiDiscrete or Box")
+    else:
+        raise UsageError(f"the action space is {space}; this script needs Discrete, MultiDiscrete or Box")
+    return nvec.tolist(), (first[:, None] + np.arange(nvec.max())).astype(space.dtype)
 
 
 def flatten_obs(obs: Any, space: gymnasium.Space, observe: tuple[int, ...] = ()) -> np.ndarray:
@@ -330,6 +337,8 @@ def flatten_obs(obs: Any, space: gymnasium.Space, observe: tuple[int, ...] = ())
     spaces = gymnasium.spaces
     if isinstance(space, spaces.Dict):
         parts = [flatten_obs(obs[key], part) for key, part in space.items() if key not in MASK_KEYS]
+        if not parts:
+            raise UsageError(f"there is nothing to observe in {space} but the action mask")
         vectors = np.concatenate(parts, axis=1)
     elif isinstance(space, spaces.Discrete):
         vectors = np.eye(int(space.n))[obs - space.start]
@@ -340,8 +349,8 @@ def flatten_obs(obs: Any, space: gymnasium.Space, observe: tuple[int, ...] = ())
     return vectors[:, observe] if observe else vectors
 
 
-def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray | None:
-    """Which actions are valid, (N, C, K), from the observation or else the info; None where neither says it.
+def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
+    """Which actions are valid, (N, C, K), from the observation or else the info; real itself where neither says it.
 
     A mask is an array of all choices, component after component, or a tuple or list with one part for each component. real
     (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a game, all
@@ -349,8 +358,10 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray | None:
     """
     places = [place[key] for place in (obs, info) if isinstance(place, dict) for key in MASK_KEYS if key in place]
     if not places:
-        return None
+        return real
     flat: Any = places[0]
+    if isinstance(flat, tuple):  # of the components, in an observation
+        flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in flat], axis=1)
     if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
         flat = [np.hstack(list(mask)) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
     sizes = {np.size(mask) for mask in flat}
@@ -778,7 +789,8 @@ def describe_run(args: Args) -> dict:
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile finds a compiler (of C++; of C for a GPU) and the headers of Python, both of which it needs."""
-    compilers = os.environ.get("CXX", "").split()[:1] or ["g++"] if device == "cpu" else ["cc", "gcc", "clang"]
+    named, usual = ("CXX", ["g++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
+    compilers = os.environ.get(named, "").split()[:1] or usual
     return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
@@ -786,11 +798,11 @@ def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
         frames = envs.render()
-    except (RuntimeError, OSError) as error:  # NotImplementedError among them
-        raise UsageError(f"capture_video needs an environment that draws itself ({error!r})") from error
-    if frames is None or frames[0] is None:
-        raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
-    return Image.fromarray(frames[0]).quantize(64)
+        if frames is None or frames[0] is None:
+            raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
+        return Image.fromarray(frames[0]).quantize(64)
+    except (RuntimeError, OSError, TypeError, ValueError, AttributeError, gymnasium.error.Error) as error:
+        raise UsageError(f"capture_video needs an environment that draws itself, in bytes ({error!r})") from error
 
 
 def evaluate(args: Args, checkpoint: dict) -> dict:
@@ -805,7 +817,7 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
     seeds = rng.integers(2**31, size=args.eval_episodes).tolist()
     envs, raw_obs, info = make_envs(args.env, seeds, args.num_threads, render=args.capture_video)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    nvec, offset, scale = action_components(action_space, args.discretize_actions)
+    nvec, choices = action_components(action_space, args.discretize_actions)
     real = np.arange(max(nvec)) < np.array(nvec)[:, None]
     agent = Agent(flatten_obs(raw_obs, obs_space, args.observe).shape[1], nvec, args.weight_init, args.share_params, args.lstm)
     nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
@@ -819,12 +831,11 @@ def evaluate(args: Args, checkpoint: dict) -> dict:
             frames.append(draw(envs))
         obs = normalize_obs(flatten_obs(raw_obs, obs_space, args.observe), obs_rms, args)
         logits, state = policy(obs, state)
-        masks = read_masks(raw_obs, info, real)
-        logits = np.where(real if masks is None else masks, logits.reshape(-1, *real.shape), MASKED_LOGIT)
+        logits = np.where(read_masks(raw_obs, info, real), logits.reshape(-1, *real.shape), MASKED_LOGIT)
         if not args.eval_deterministic:
             logits = logits + rng.gumbel(size=logits.shape)
-        action = (offset + scale * logits.argmax(axis=2)).astype(action_space.dtype)
-        raw_obs, reward, terminated, truncated, info = envs.step(action.reshape(len(seeds), *action_space.shape))
+        action = choices[np.arange(len(nvec)), logits.argmax(axis=2)].reshape(len(seeds), *action_space.shape)
+        raw_obs, reward, terminated, truncated, info = envs.step(action)
         returns += reward * running
         lengths += running
         running &= ~(terminated | truncated)
@@ -860,11 +871,12 @@ def train(args: Args) -> dict:
     if any(index >= obs_dim for index in args.observe):
         raise UsageError(f"observe is {args.observe}, but {args.env} has {obs_dim} observation components")
     obs_dim = len(args.observe) or obs_dim
-    nvec, offset, scale = action_components(action_space, args.discretize_actions)
-    C, K = len(nvec), max(nvec)  # action components, choices of the largest
+    nvec, choices = action_components(action_space, args.discretize_actions)
+    C, K, components = len(nvec), max(nvec), np.arange(len(nvec))  # action components, choices of the largest
     real = np.arange(K) < np.array(nvec)[:, None]
-    env_masks = read_masks(first_obs, info, real) is not None
-    slow_step = env_masks or isinstance(obs_space, gymnasium.spaces.Dict)  # needs info or several arrays
+    # the fast step of envpool has neither info nor several arrays; Gymnasium's environments may give masks at any step
+    fast_step = hasattr(envs, "_send") and not isinstance(obs_space, gymnasium.spaces.Dict)
+    fast_step &= read_masks(first_obs, info, real) is real
     agent = Agent(obs_dim, nvec, args.weight_init, args.share_params, args.lstm).to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
@@ -883,6 +895,7 @@ def train(args: Args) -> dict:
         # change would go unnoticed. The C++ wrapper calls the kernels from C++ instead of Python.
         torch.compiler.reset()
         options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options["deterministic"] = args.device != "cpu"  # kernels chosen without trying them out: the same bits each time
         update = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     start_iteration, global_step, log_sizes = 0, 0, {}
     recent_returns: deque[float] = deque(maxlen=100)
@@ -947,8 +960,8 @@ def train(args: Args) -> dict:
         }  # no random states: they are set anew from (seed, iteration) after every checkpoint
         save_checkpoint(run_dir / "checkpoint.pt", state)
 
-    if not checkpoint:
-        save(0)
+    if not checkpoint or checkpoint["args"]["total_timesteps"] != args.total_timesteps:
+        save(start_iteration)
     tqdm.tqdm.write(
         f"{args.env}: {N} x {T} steps, {args.num_iterations} iterations, update on {args.device}, {args.num_threads} "
         f"thread(s); run directory {run_dir}",
@@ -983,8 +996,7 @@ def train(args: Args) -> dict:
             envs.close()
             envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
             raw_obs[0] = flatten_obs(first_obs, obs_space, args.observe)
-            if env_masks:
-                masks[0] = read_masks(first_obs, info, real)
+            masks[0] = read_masks(first_obs, info, real)
             resets[0], first[0], state = False, True, agent.initial_state(N)
             if args.norm_obs == "step":
                 obs_rms.update(raw_obs[0])
@@ -993,7 +1005,7 @@ def train(args: Args) -> dict:
         else:
             raw_obs[0], obs[0], valid[0], masks[0] = raw_obs[T], obs[T], valid[T], masks[T]
             resets[0], first[0] = resets[T], first[T]
-        step_envs, policy = envs.step if slow_step else make_step(envs), numpy_policy(agent)
+        step_envs, policy = make_step(envs) if fast_step else envs.step, numpy_policy(agent)
         start_state, policy_state = state, state[:, 0].cpu().numpy()
         # the largest of the logits with this noise is a sample of their distribution (Gumbel)
         noise = -torch.rand(T, N, C, K).clamp(min=1e-30).log().neg().log().numpy()
@@ -1003,20 +1015,19 @@ def train(args: Args) -> dict:
                 policy_state = policy_state * ~first[t, :, None, None]  # [detail 34]
             logits, policy_state = policy(obs[t], policy_state)
             logits = logits.reshape(N, C, K)
-            if env_masks or not real.all():
+            if not (fast_step and real.all()):
                 logits = np.where(masks[t], logits, MASKED_LOGIT)  # [aux: action_masks]
-            actions[t] = action = (logits + noise[t]).argmax(axis=2)
-            action = (offset + scale * action).reshape(N, *action_space.shape).astype(action_space.dtype)
+            actions[t] = choice = (logits + noise[t]).argmax(axis=2)
+            action = choices[components, choice].reshape(N, *action_space.shape)
             next_obs, rewards[t], terminated[t], truncated[t], *step_info = step_envs(action)
-            if env_masks:
-                given = read_masks(next_obs, step_info[0], real)
-                masks[t + 1] = real if given is None else given
+            if not fast_step:
+                masks[t + 1] = read_masks(next_obs, step_info[0], real)
             raw_obs[t + 1] = flatten_obs(next_obs, obs_space, args.observe)
             resets[t + 1], first[t + 1] = terminated[t] | truncated[t], resets[t]
             if args.norm_obs == "step":
                 obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], obs_rms, args)
-        for name, x in (("observation", raw_obs[1:]), ("reward", rewards)):
+        for name, x in (("observation", raw_obs), ("reward", rewards)):
             if not np.isfinite(x).all():
                 t = int(np.argwhere(~np.isfinite(x))[0, 0])
                 raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
@@ -1137,6 +1148,7 @@ def parse_args() -> tuple[Args, dict | None]:
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--resume", default="")
     named.add_argument("--evaluate", default="")
+    named.add_argument("--device", default="")
     paths = named.parse_known_args()[0]
     if paths.resume and paths.evaluate:
         raise UsageError("resume continues a run, evaluate plays one: give one of them")
@@ -1145,8 +1157,10 @@ def parse_args() -> tuple[Args, dict | None]:
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
         settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        if int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
-            settings["device"] = "cpu"  # so that a run of a GPU can be evaluated without one
+        no_gpu = int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count()
+        # a run of a GPU can be evaluated without one; resumed without one it would go on with other bits, so that is asked for
+        settings |= {"device": "cpu"} if paths.evaluate and no_gpu else {}
+        settings |= {"device": paths.device} if paths.device else {}
         if paths.evaluate and not settings.get("eval_episodes"):
             settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
         saved = Args(**settings)

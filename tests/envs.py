@@ -131,6 +131,36 @@ class DiscreteActions(Identity):
         self.action_space: Any = Discrete(3)
 
 
+class IntegerActions(Identity):
+    """Has a Box of integers, which the continuous script must refuse."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.action_space = Box(0, 5, (1,), np.int64)
+
+
+class StrictActions(Identity):
+    """Refuses what its action space does not contain, such as numbers of a wider type."""
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+
+class DrawsFloats(Identity):
+    """Its picture is no array of bytes."""
+
+    def render(self):
+        return super().render() / 255
+
+
+class DrawsWithoutPygame(Identity):
+    """Draws like Gymnasium's own environments where pygame is missing."""
+
+    def render(self):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+
 class DiscreteObservations(Identity):
     """Has an observation space that the continuous script must refuse."""
 
@@ -148,3 +178,7 @@ register("RandomEnds-v0", RandomEnds)
 register("Identity-v0", Identity)
 register("DiscreteActions-v0", DiscreteActions)
 register("DiscreteObservations-v0", DiscreteObservations)
+register("IntegerActions-v0", IntegerActions)
+register("StrictActions-v0", StrictActions)
+register("DrawsFloats-v0", DrawsFloats)
+register("DrawsWithoutPygame-v0", DrawsWithoutPygame)

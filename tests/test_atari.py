@@ -701,6 +701,19 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch):
     assert tiny_args(device="auto").device == "cpu"
 
 
+def test_every_compiled_part_is_compiled_without_guards(monkeypatch):
+    """torch takes the filter out of the options that it is given."""
+    seen = []
+
+    def spy(function, options, **others):
+        seen.append(options.pop("guard_filter_fn", None))
+        return function
+
+    monkeypatch.setattr(torch, "compile", spy)
+    ppo_atari.train(tiny_args(compile=True, total_timesteps=16))
+    assert seen == [torch.compiler.skip_all_guards_unsafe] * 3
+
+
 def test_ranks_and_gpus_must_match(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert tiny_args(device="cuda:1").device == "cuda:1"
@@ -712,6 +725,17 @@ def test_ranks_and_gpus_must_match(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UsageError, match="finds 2 GPU"):
         tiny_args(device="cuda", total_timesteps=640)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_in_two_parts_ends_with_the_same_bits(command_line, device):
+    settings = {"device": device, "compile": device != "cpu", "anneal_lr": False}
+    ppo_atari.train(tiny_args("whole", total_timesteps=3 * 16, **settings))
+    ppo_atari.train(tiny_args("parts", total_timesteps=2 * 16, **settings))
+    assert command_line("--resume", "parts", "--total-timesteps", 3 * 16)[0] == 0
+    whole, parts = read_checkpoint("whole"), read_checkpoint("parts")
+    assert equal([whole["theta"], whole["adam"]], [parts["theta"], parts["adam"]])
+    assert read_metrics("whole") == read_metrics("parts")
 
 
 def test_resume_without_the_logs_is_refused(command_line):
@@ -768,10 +792,10 @@ def test_target_kl_is_judged_on_the_whole_epoch(monkeypatch):
     assert [r["charts/epochs"] for r in read_metrics("run")] == [2]
 
 
-@pytest.mark.slow
-def test_compiled_run_is_near_the_eager_one():
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_run_is_near_the_eager_one(device):
     for run_dir, compiled in (("eager", False), ("compiled", True)):
-        ppo_atari.train(tiny_args(run_dir, compile=compiled))
+        ppo_atari.train(tiny_args(run_dir, compile=compiled, device=device))
     eager, compiled = read_checkpoint("eager")["theta"], read_checkpoint("compiled")["theta"]
     torch.testing.assert_close(compiled, eager, atol=2e-4, rtol=0)
     assert not torch.equal(compiled, torch.zeros_like(compiled))

@@ -43,8 +43,12 @@ def fails(monkeypatch, capsys):
         ({"env": "Xyzzy-v9"}, r"unknown environment Xyzzy-v9; nearest names: \S+"),
         ({"env": "no_such_module:MyEnv-v0"}, r"cannot make environment no_such_module:MyEnv-v0: No module named"),
         ({"env": "envs:NoSuchEnv-v0"}, r"cannot make environment envs:NoSuchEnv-v0: .*NoSuchEnv"),
-        ({"env": "CartPole-v1"}, r"action space Discrete\(2\).* needs a Box: use ppo_shared_params.py"),
-        ({"env": "envs:DiscreteActions-v0"}, r"action space Discrete\(3\).* needs a Box: use ppo_shared_params.py"),
+        ({"env": "CartPole-v1"}, r"action space Discrete\(2\).* needs a Box of floats: use ppo_shared_params.py"),
+        ({"env": "envs:DiscreteActions-v0"}, r"action space Discrete\(3\).* needs a Box of floats: use ppo_shared_params.py"),
+        ({"env": "envs:IntegerActions-v0"}, r"action space Box\(0, 5, .* needs a Box of floats: use ppo_shared_params.py"),
+        ({"env": ":CartPole-v1"}, r"unknown environment :CartPole-v1: .* my_module:MyEnv-v0"),
+        ({"env": ".m:Env-v0"}, r"unknown environment .m:Env-v0"),
+        ({"env": "a:b:c"}, r"unknown environment a:b:c"),
         ({"env": "envs:DiscreteObservations-v0"}, r"observation space Discrete\(3\).* needs a Box"),
         ({"num_minibatches": 3}, r"num_envs \* num_steps = 64 does not divide into num_minibatches = 3"),
         ({"num_minibatches": 128}, r"64 does not divide into num_minibatches = 128"),
@@ -81,6 +85,14 @@ def fails(monkeypatch, capsys):
         ({"device": "cpu:0"}, r"device is cpu:0: use cpu, cuda or cuda:1"),
         ({"capture_video": True, "eval_episodes": 0}, r"capture_video records an evaluation episode"),
         ({"capture_video": True, "eval_episodes": 1}, r"capture_video needs an environment that draws itself"),
+        (
+            {"capture_video": True, "eval_episodes": 1, "env": "envs:DrawsFloats-v0"},
+            r"capture_video needs an environment that draws itself, in bytes \(TypeError",
+        ),
+        (
+            {"capture_video": True, "eval_episodes": 1, "env": "envs:DrawsWithoutPygame-v0"},
+            r"capture_video needs an environment that draws itself, .*DependencyNotInstalled.*pygame",
+        ),
         (
             {"capture_video": True, "eval_episodes": 1, "env": "envs:ConstantReward-v0"},
             r"capture_video needs an environment that draws itself: .*unexpected keyword argument 'render_mode'",
@@ -175,8 +187,8 @@ def test_wandb_project_that_wandb_refuses(fails, monkeypatch):
     assert "wandb_project_name is a/b: " in fails(*tiny_flags(track=True, wandb_project_name="a/b"))
 
 
-@pytest.mark.parametrize("where", ["observation", "reward"])
-def test_nan_of_the_environment_stops_the_run(fails, monkeypatch, where):
+@pytest.mark.parametrize(("where", "step"), [("observation", 9), ("reward", 8)])
+def test_nan_of_the_environment_stops_the_run(fails, monkeypatch, where, step):
     """NaN from step 41 on: in the third iteration of 16 steps, where the checkpoint is that of the second."""
     monkeypatch.setattr(envs.NaNAfter, "steps_taken", 0)
     name = f"envs:NaN{where.capitalize()}-v0"
@@ -184,7 +196,7 @@ def test_nan_of_the_environment_stops_the_run(fails, monkeypatch, where):
         *tiny_flags(env=name, num_envs=1, num_steps=16, total_timesteps=160, checkpoint_every=1, norm_obs="none"), code=1
     )
     assert line == (
-        f"ppo_continuous.py: stopped: {name} returned a non-finite {where} in iteration 3, step 8; the last checkpoint "
+        f"ppo_continuous.py: stopped: {name} returned a non-finite {where} in iteration 3, step {step}; the last checkpoint "
         "is run/checkpoint.pt"
     )
     assert read_checkpoint("run")["iteration"] == 2

@@ -188,7 +188,8 @@ def test_evaluation_against_playing_by_hand():
         args = tiny_args(eval_episodes=2, eval_deterministic=deterministic)
         rng = np.random.default_rng([args.seed, 2**31])
         seeds = rng.integers(2**31, size=2).tolist()
-        noise = np.zeros((20, 2, 1)) if deterministic else rng.standard_normal((20, 2, 1))  # step, episode, action
+        # step, episode, action
+        noise = np.zeros((20, 2, 1)) if deterministic else rng.standard_normal((20, 2, 1), dtype=np.float32)
         returns, lengths, means = [], [], []
         for episode, seed in enumerate(seeds):
             env = ppo_continuous.gymnasium.make("envs:Point-v0")
@@ -244,6 +245,41 @@ def test_evaluation_of_a_run_without_one_plays_the_default_number(command_line):
     code, out, _ = command_line("--evaluate", "run")
     assert code == 0
     assert "over 10 episodes" in out
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_actions_are_of_the_type_of_the_action_space(deterministic):
+    """In training and evaluation; the environment refuses numbers of a wider type."""
+    result = train(tiny_args(env="envs:StrictActions-v0", eval_episodes=2, eval_deterministic=deterministic))
+    assert result["evaluation"]["lengths"] == [8, 8]
+
+
+def test_killed_after_an_extension_a_run_goes_on_to_its_new_end(command_line):
+    train(tiny_args("whole"))
+    train(tiny_args("run"))
+    assert command_line("--resume", "whole", "--total-timesteps", 8 * 64)[0] == 0
+    child = Child("--resume", "run", "--total-timesteps", 8 * 64)
+    while read_checkpoint("run")["args"]["total_timesteps"] == 4 * 64:
+        time.sleep(0.001)
+    child.kill()
+    assert command_line("--resume", "run")[0] == 0
+    assert read_checkpoint("run")["iteration"] == 8
+    assert equal(read_checkpoint("run")["theta"], read_checkpoint("whole")["theta"])
+    assert read_metrics("run") == read_metrics("whole")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_of_a_gpu_is_evaluated_without_one_but_resumed_only_if_told_to(command_line):
+    train(tiny_args())
+    checkpoint = read_checkpoint("run")
+    checkpoint["args"]["device"] = "cuda:1"
+    torch.save(checkpoint, "run/checkpoint.pt")
+    code, _, err = command_line("--resume", "run", "--total-timesteps", 5 * 64)
+    assert code == 2
+    assert "device is cuda:1, but torch finds 0 GPU(s) here: use --device cpu" in err
+    assert command_line("--evaluate", "run", "--eval-episodes", 1)[0] == 0
+    assert command_line("--resume", "run", "--total-timesteps", 5 * 64, "--device", "cpu")[0] == 0
+    assert read_checkpoint("run")["args"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import nn
 from torch.distributions import Categorical
 
@@ -75,12 +75,17 @@ class Masked(RandomEndsDiscrete):
         self.place = place
         if place == "observation":
             self.observation_space: Any = Dict({"x": Box(-np.inf, np.inf, (4,)), "action_mask": MultiBinary(8)})
+        if place == "tuple in observation":
+            parts = Tuple((MultiBinary(3), MultiBinary(5)))
+            self.observation_space = Dict({"x": Box(-np.inf, np.inf, (4,)), "action_mask": parts})
 
     def masked(self, obs: np.ndarray):
         self.mask = self.np_random.random(8) < 0.4
         self.mask[self.np_random.integers(3)] = self.mask[3 + self.np_random.integers(5)] = True
         if self.place == "observation":
             return {"x": obs, "action_mask": self.mask.astype(np.int8)}, {}
+        if self.place == "tuple in observation":
+            return {"x": obs, "action_mask": (self.mask[:3].astype(np.int8), self.mask[3:].astype(np.int8))}, {}
         if self.place == "tuple":  # as MultiDiscrete.sample takes it
             return obs, {"action_mask": (self.mask[:3].astype(np.int8), self.mask[3:].astype(np.int8))}
         return obs, {"action_mask": self.mask}
@@ -103,6 +108,15 @@ class MaskedAtFirst(Masked):
         self.mask = self.mask | True
         obs, *outcome, _ = super().step(action)
         return obs, *outcome, {}
+
+
+class MaskedLater(Masked):
+    """Gives its mask in the info of steps alone; after a reset all choices are valid."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        self.mask = self.mask | True
+        return obs, {}
 
 
 class Recall(gymnasium.Env):
@@ -138,7 +152,9 @@ register("RandomEndsUnbounded-v0", RandomEndsDiscrete, kwargs={"action_space": B
 register("MaskedInfo-v0", Masked, kwargs={"place": "info"})
 register("MaskedTuple-v0", Masked, kwargs={"place": "tuple"})
 register("MaskedAtFirst-v0", MaskedAtFirst)
+register("MaskedLater-v0", MaskedLater)
 register("MaskedObservation-v0", Masked, kwargs={"place": "observation"})
+register("MaskedTupleObservation-v0", Masked, kwargs={"place": "tuple in observation"})
 register("Recall-v0", Recall)
 
 
@@ -212,17 +228,27 @@ def test_detail_37_independent_components(nvec):
 
 
 def test_action_spaces():
-    nvec, offset, scale = action_components(Box(np.array([-2, 0], np.float32), np.array([1, 10], np.float32)), 4)
+    nvec, choices = action_components(Box(np.array([-2, 0], np.float32), np.array([1, 10], np.float32)), 4)
     assert nvec == [4, 4]
-    np.testing.assert_allclose(
-        offset + scale * np.array([[0, 0], [1, 2], [3, 3]]), np.array([[-2, 0], [-1, 20 / 3], [1, 10]]), rtol=1e-6
-    )
-    nvec, offset, scale = action_components(Discrete(3, start=-1), None)
-    assert (nvec, (offset + scale * np.arange(3)).tolist()) == ([3], [-1, 0, 1])
-    nvec, offset, scale = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
-    assert (nvec, (offset + scale * np.array([1, 3, 2])).tolist()) == ([2, 4, 3], [1, 8, 2])
-    nvec, offset, scale = action_components(Box(np.array([-1, 0]), np.array([1, 4]), dtype=np.int32), None)
-    assert (nvec, (offset + scale * np.array([2, 3])).tolist()) == ([3, 5], [1, 3])
+    np.testing.assert_allclose(choices, [[-2, -1, 0, 1], [0, 10 / 3, 20 / 3, 10]], rtol=1e-6)
+    nvec, choices = action_components(Discrete(3, start=-1), None)
+    assert (nvec, choices.tolist()) == ([3], [[-1, 0, 1]])
+    nvec, choices = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
+    assert (nvec, choices[[0, 1, 2], [1, 3, 2]].tolist()) == ([2, 4, 3], [1, 8, 2])
+    nvec, choices = action_components(Box(np.array([-1, 0]), np.array([1, 4]), dtype=np.int32), None)
+    assert (nvec, choices[[0, 1], [2, 3]].tolist(), choices.dtype) == ([3, 5], [1, 3], np.int32)
+    nvec, choices = action_components(Box(0, 1, (2,), dtype=np.bool_), None)
+    assert (nvec, choices.tolist()) == ([2, 2], [[False, True]] * 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (-0.4, 0.4), (-0.3, 0.7)])
+def test_bins_stay_within_the_bounds(low, high, dtype):
+    for bins in range(2, 40):
+        box = Box(low, high, (1,), dtype=dtype)
+        _, choices = action_components(box, bins)
+        assert all(box.contains(choice[None]) for choice in choices[0])
+        assert (choices[0, 0], choices[0, -1]) == (box.low[0], box.high[0])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +288,7 @@ def test_samples_follow_the_policy(trace):
 # masks
 
 
-@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedTuple-v0", "MaskedObservation-v0"])
+@pytest.mark.parametrize("env", ["MaskedInfo-v0", "MaskedTuple-v0", "MaskedObservation-v0", "MaskedTupleObservation-v0"])
 @pytest.mark.parametrize("lstm", [False, True])
 def test_aux_action_masks_are_obeyed(env, lstm, trace):
     """The environment raises at an invalid action."""
@@ -279,6 +305,14 @@ def test_aux_action_masks_that_a_step_leaves_out_allow_all(trace):
         choices = record["masks"].view(8, 4, 10).sum(2)
         assert choices[1:].eq(3 + 5).float().mean() > 0.5  # the others are resets
         assert (choices[0] < 3 + 5).any()
+
+
+def test_aux_action_masks_of_steps_alone_are_obeyed_and_resets_allow_all(trace):
+    """With a restart of the environments before each iteration."""
+    for record in trace(tiny(env="MaskedLater-v0", num_envs=4, num_steps=8, total_timesteps=3 * 32, checkpoint_every=1)):
+        choices = record["masks"].view(8, 4, 10).sum(2)
+        assert (choices[0] == 3 + 5).all()
+        assert choices[1:].lt(3 + 5).float().mean() > 0.5  # the others are resets
 
 
 @pytest.mark.slow
@@ -306,10 +340,10 @@ def test_aux_action_masks_where_nothing_is_valid_all_choices_count():
     flat = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]])
     expected = [[[False, True, False], [True, False, True]], [[True, True, False], [False, False, True]]]
     for obs, info in (({"action_mask": flat}, {}), (np.zeros((2, 1)), {"action_mask": flat})):
-        masks = read_masks(obs, info, real)
-        assert masks is not None
-        assert masks.tolist() == expected
-    assert read_masks(np.zeros((2, 1)), {"other": flat}, real) is None
+        assert read_masks(obs, info, real).tolist() == expected
+    assert read_masks(np.zeros((2, 1)), {"other": flat}, real) is real
+    parts = (flat[:, :2], flat[:, 2:])  # as a Tuple in a dictionary of observations
+    assert read_masks({"action_mask": parts}, {}, real).tolist() == expected
 
 
 def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
@@ -319,9 +353,7 @@ def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
     given[:] = [None, (np.array([0, 1]), np.array([1, 0, 1])), [False, True, False, False, True], np.array([0, 1, 0, 0, 1])]
     last = [[False, True, False], [False, False, True]]
     expected = [real.tolist(), [[False, True, False], [True, False, True]], last, last]
-    masks = read_masks(obs, {"action_mask": given}, real)
-    assert masks is not None
-    assert masks.tolist() == expected
+    assert read_masks(obs, {"action_mask": given}, real).tolist() == expected
     given[1] = [False, True]
     for wrong in (given, np.ones((4, 6))):
         with pytest.raises(UsageError, match="there are 5 choices to mask"):

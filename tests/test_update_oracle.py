@@ -261,9 +261,10 @@ def test_two_iterations_of_a_run_against_numpy(monkeypatch):
     ],
     ids=["ppo_continuous", "ppo_kl_penalty", "ppo_shared_params"],
 )
-def test_compiled_against_eager(script, flags):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_against_eager(script, flags, device):
     """Learning rate, clip range and beta change in every iteration: the compiled update must not keep the first ones."""
-    flags = TINY | {"learning_rate": 3e-3, "clip_coef": 0.02, "anneal_clip": True} | flags
+    flags = TINY | {"learning_rate": 3e-3, "clip_coef": 0.02, "anneal_clip": True} | flags | {"device": device}
     for run_dir in ("eager", "compiled"):
         script.train(script.Args(**flags | {"run_dir": run_dir, "compile": run_dir == "compiled"}))
     eager, compiled = read_checkpoint("eager"), read_checkpoint("compiled")
