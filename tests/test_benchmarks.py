@@ -1,5 +1,6 @@
 """The benchmark runner, its statistics and its report, on a stand-in script that trains in no time."""
 
+import contextlib
 import errno
 import gzip
 import importlib
@@ -26,7 +27,7 @@ import stats  # noqa: E402
 import suites  # noqa: E402
 
 # A script with the command line and the files of the real ones. 10 iterations of 100 steps, one episode each, with a
-# checkpoint after every second. CRASH always fails, FLAKY fails once, SLOW takes a second.
+# checkpoint after every second. CRASH always fails, FLAKY fails once, SLOW takes two seconds.
 STAND_IN = """
 import argparse, json, os, sys, time
 from pathlib import Path
@@ -56,7 +57,7 @@ if not sys.argv[1:2] == ["--resume"]:
     save(0)
 for i in range(c["iteration"] + 1, a.total_timesteps // 100 + 1):
     if a.env == "SLOW":
-        time.sleep(0.1)
+        time.sleep(0.2)
     once = d.parent / f"{d.name}.once"
     if i == 5 and (a.env == "CRASH" or a.env == "FLAKY" and not once.exists()):
         once.touch()
@@ -428,6 +429,13 @@ def test_failed_run_is_retried_once_and_reported(repo):
     assert result["final"]["episodes"] == 10  # none lost, none doubled
 
 
+def command_lines():
+    """Of all processes."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield file.read_text()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes of a killed runner die with it on Linux only")
 def test_killed_runner_goes_on_where_it_was(repo):
     words = (*sweep("SLOW", seeds=("1", "2", "3", "4")), "--go", "--jobs", "2")
@@ -444,12 +452,13 @@ def test_killed_runner_goes_on_where_it_was(repo):
         process.wait()
         process.stdout.close()
         process.stderr.close()
-        time.sleep(0.2)
-        for proc in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                assert str(runs) not in proc.read_text(), "a run outlived its runner"
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+        deadline = time.monotonic() + 30
+        while any(str(runs) in command for command in command_lines()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        begun = {name for name, _ in starts(repo)}
+        ends = [len((runs / name / "episodes.jsonl").read_text().splitlines()) for name in begun]
+        assert min(ends) < 10, "the runs outlived their runner and went on to their end"
     code, out, err = finish(repo, *words)
     assert (code, "4 of 4 runs finished" in out) == (0, True), err
     assert any(int(i) > 0 for _, i in starts(repo)), "nothing was resumed"
