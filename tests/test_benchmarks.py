@@ -447,7 +447,7 @@ def test_killed_runner_goes_on_where_it_was(repo):
         while len({n for n, _ in starts(repo)} if (runs / "starts").exists() else set()) < target:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.35)
+        time.sleep(0.7)  # beyond the first checkpoint of these runs, which take two seconds
         process.send_signal(signal.SIGKILL)  # only the runner, not its group
         process.wait()
         process.stdout.close()
