@@ -939,10 +939,10 @@ def parse_args() -> tuple[Args, dict | None]:
     checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
     try:
         settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        no_gpu = int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count()
-        # a run of a GPU can be evaluated without one; resumed without one it would go on with other bits, so that is asked for
-        settings |= {"device": "cpu"} if paths.evaluate and no_gpu else {}
-        settings |= {"device": paths.device} if paths.device else {}
+        if paths.device:
+            settings["device"] = paths.device
+        elif paths.evaluate and int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
+            settings["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
         if paths.evaluate and not settings.get("eval_episodes"):
             settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
         saved = Args(**settings)
