@@ -22,8 +22,9 @@ ATARI = (  # the 49 games of Table 6
     "Tutankham", "UpNDown", "Venture", "VideoPinball", "WizardOfWor", "Zaxxon",
 )
 # fmt: on
-ATARI_SHORT = {"Breakout": 1_000_000, "Pong": 4_000_000}  # what a CPU can do: game -> steps
 SEEDS = (1, 2, 3)
+ATARI_SHORT = {"Pong": (4_000_000, (1,)), "Breakout": (1_000_000, SEEDS)}  # what a CPU can do: game -> steps, seeds
+ATARI_PRECISIONS: dict[str, dict[str, Any]] = {"default": {}, "bfloat16": {"precision": "bfloat16"}}
 
 # Steps per second on one core of a 2-core server, for the expected time of a plan where no result says better.
 RATES = {
@@ -197,8 +198,10 @@ def make_suite(name: str) -> list[Run]:
         return sorted(runs, key=lambda run: run.seed)
     if name == "atari-short":
         return [
-            Run(name, "default", "ppo_atari.py", game, 1, {"total_timesteps": steps, "checkpoint_every": 200})
-            for game, steps in ATARI_SHORT.items()
+            Run(name, setting, "ppo_atari.py", game, seed, flags | {"total_timesteps": steps, "checkpoint_every": 200})
+            for game, (steps, seeds) in ATARI_SHORT.items()
+            for seed in seeds
+            for setting, flags in ATARI_PRECISIONS.items()
         ]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
