@@ -24,7 +24,18 @@ from torch import nn
 
 import ppo_atari
 from helpers import equal, read_checkpoint, read_jsonl
-from ppo_atari import Agent, Args, UsageError, average_gradient, find_game, make_envs, make_game_step, make_seeds, make_update
+from ppo_atari import (
+    Agent,
+    Args,
+    UsageError,
+    average_gradient,
+    find_game,
+    make_envs,
+    make_game_step,
+    make_seeds,
+    make_update,
+    to_blocks,
+)
 
 SCRIPT = Path(ppo_atari.__file__)
 TINY: dict[str, Any] = {
@@ -249,47 +260,72 @@ def test_sticky_actions_full_action_space_and_time_limit():
 # details of the network
 
 
+def random_frames(count: int, stack_num: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, stack_num, 84, 84), dtype=np.uint8)
+
+
+def nature_cnn(agent: Agent, pixels: torch.Tensor) -> torch.Tensor:
+    """Output (B, 512) of the network as Mnih et al. (2015) describe it, on frames (B, C, 84, 84), with the agent's weights."""
+    first, second, third = (m for m in agent.convolutions if isinstance(m, nn.Conv2d))
+    blocks = first.weight.unflatten(1, (-1, 4, 4))  # (32, C, row in block, column in block, block row, block column)
+    x = torch.conv2d(pixels, blocks.permute(0, 1, 4, 2, 5, 3).reshape(32, -1, 8, 8), first.bias, stride=4).relu()
+    x = torch.conv2d(x, second.weight, second.bias, stride=2).relu()
+    x = torch.conv2d(x, third.weight, third.bias).relu()
+    return agent.linear(x.permute(0, 2, 3, 1).flatten(1)).relu()
+
+
+@pytest.mark.parametrize("stack_num", [4, 1])
+def test_blocks_of_4_by_4_pixels(stack_num):
+    frames = random_frames(3, stack_num)
+    blocks = to_blocks(frames)
+    assert blocks.shape == (3, 21, 21, 16 * stack_num)
+    assert blocks.dtype == torch.uint8
+    assert blocks.is_contiguous()
+    for n, c, y, x in [(0, 0, 0, 0), (2, stack_num - 1, 83, 83), (1, stack_num // 2, 41, 7), (1, 0, 6, 50)]:
+        assert blocks[n, y // 4, x // 4, 16 * c + y % 4 * 4 + x % 4] == frames[n, c, y, x]
+    assert blocks.sum() == frames.sum()
+
+
 def test_detail_21_nature_cnn():
     agent = Agent(4, 6)
-    convolutions = [m for m in agent.trunk if isinstance(m, nn.Conv2d)]
-    assert [(c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions] == [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
-    assert sum(p.numel() for p in agent.trunk.parameters()) == 1_684_128
-    assert agent.trunk(torch.zeros(1, 4, 84, 84)).shape == (1, 512)
-    for layer, gain in [
-        *((m, math.sqrt(2)) for m in agent.trunk if hasattr(m, "weight")),
-        (agent.actor, 0.01),
-        (agent.critic, 1),
-    ]:
+    convolutions = [m for m in agent.convolutions if isinstance(m, nn.Conv2d)]
+    shapes = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions]
+    assert shapes == [(64, 32, 2, 1), (32, 64, 4, 2), (64, 64, 3, 1)]  # the first on blocks: 8 x 8 pixels of 4 frames, stride 4
+    trunk = (*convolutions, agent.linear)
+    assert sum(p.numel() for m in trunk for p in m.parameters()) == 1_684_128
+    for layer, gain in [*((m, math.sqrt(2)) for m in trunk), (agent.actor, 0.01), (agent.critic, 1)]:
         weight = layer.weight.detach().flatten(1)
         torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), atol=1e-4, rtol=1e-4)
         assert (layer.bias == 0).all()
-    logprob, entropy, value = agent(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8), torch.tensor([0, 1, 2]))
+    logprob, entropy, value = agent(to_blocks(random_frames(3)), torch.tensor([0, 1, 2]))
     assert logprob.shape == entropy.shape == value.shape == (3,)
     torch.testing.assert_close(entropy, torch.full((3,), math.log(6)), atol=1e-3, rtol=0)
 
 
 def test_detail_22_pixels_are_divided_by_255_in_the_network():
     torch.manual_seed(0)
-    agent, unscaled = Agent(4, 6), Agent(4, 6, scale=1.0)
+    agent, unscaled = Agent(4, 6, weight_init="torch"), Agent(4, 6, scale=1.0)
     unscaled.load_state_dict(agent.state_dict())
-    obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    frames = random_frames(3)
+    pixels = torch.from_numpy(frames).float()
     with torch.no_grad():
-        torch.testing.assert_close(agent.hidden(obs), agent.trunk(obs.float() / 255), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(unscaled.hidden(obs), unscaled.trunk(obs.float()), rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(agent.hidden(to_blocks(frames)), nature_cnn(agent, pixels / 255), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unscaled.hidden(to_blocks(frames)), nature_cnn(unscaled, pixels), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("scheme", ["normc", "torch"])
 def test_detail_02_other_initial_weights(scheme):
     agent = Agent(4, 6, weight_init=scheme)
-    norms = agent.trunk[0].weight.flatten(1).norm(dim=1)
-    assert (norms - 1).abs().max() < 1e-5 if scheme == "normc" else (agent.trunk[0].bias != 0).any()
+    first = agent.convolutions[0]
+    norms = first.weight.flatten(1).norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-5 if scheme == "normc" else (first.bias != 0).any()
 
 
 def test_act_samples_the_policy_and_agrees_with_forward():
     torch.manual_seed(0)
     agent = Agent(4, 3)
     agent.actor.weight.data *= 100
-    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    obs = to_blocks(random_frames(4))
     with torch.no_grad():
         action, logprob, value = agent.act(obs, torch.empty(4, 3).exponential_())
         expected = agent(obs, action)
@@ -305,13 +341,29 @@ def test_act_samples_the_policy_and_agrees_with_forward():
 
 def test_bfloat16_is_near_float32():
     torch.manual_seed(0)
-    agent, half = Agent(4, 6), Agent(4, 6, precision="bfloat16")
-    half.load_state_dict(agent.state_dict())
-    obs, action = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8), torch.tensor([1, 2])
+    agent, half = Agent(4, 6, weight_init="torch"), Agent(4, 6, precision="bfloat16")
+    half.load(nn.utils.parameters_to_vector(agent.parameters()))
+    assert [p.dtype for p in half.parameters()] == [torch.bfloat16] * 8 + [torch.float32] * 4  # the trunk, and two heads
+    obs, action = to_blocks(random_frames(2)), torch.tensor([1, 2])
     a, b = agent(obs, action), half(obs, action)
     assert b[2].dtype == torch.float32
     assert not torch.equal(a[2], b[2])
     torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+def test_bfloat16_trains_float32_parameters():
+    """A step too small for bfloat16 is not lost: parameters and Adam's moments are float32, and the gradient is near theirs."""
+    ppo_atari.train(tiny_args("whole"))
+    ppo_atari.train(tiny_args("half", precision="bfloat16"))
+    whole, half = read_checkpoint("whole"), read_checkpoint("half")
+    assert {x.dtype for x in (half["theta"], *half["adam"])} == {torch.float32}
+    assert not torch.equal(half["theta"], half["theta"].bfloat16().float())
+    assert not torch.equal(half["theta"], whole["theta"])
+    batch = fixed_batch(10)
+    gradients = [gradient_of(tiny_args(precision=precision), batch) for precision in ("float32", "bfloat16")]
+    assert gradients[1].dtype == torch.float32
+    assert not torch.equal(*gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
 # resets and scores
@@ -381,7 +433,7 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
     for t, action in enumerate(record.actions):
         batch_obs, batch_actions, *_, batch_valid = record.batches[t // T]
         row = slice(t % T * N, (t % T + 1) * N)
-        np.testing.assert_array_equal(batch_obs[row], obs)
+        np.testing.assert_array_equal(batch_obs[row], to_blocks(obs))
         np.testing.assert_array_equal(batch_actions[row], action)
         np.testing.assert_array_equal(batch_valid[row], ~(resetting & mask_resets))
         obs, reward, terminated, truncated, info = envs.step(action)
@@ -412,9 +464,9 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
         for got, by_hand in zip((gae_rewards, *ends), (rewards, terminated, truncated), strict=True):
             np.testing.assert_array_equal(got, by_hand[rows])
         assert numbers == (0.99, 0.95, True)
-        nn.utils.vector_to_parameters(theta, agent.parameters())
+        agent.load(theta)
         with torch.no_grad():
-            values = agent.critic(agent.hidden(torch.as_tensor(np.concatenate(seen[i * T : (i + 1) * T + 1]))))
+            values = agent.critic(agent.hidden(to_blocks(np.concatenate(seen[i * T : (i + 1) * T + 1]))))
         torch.testing.assert_close(gae_values, values.view(T + 1, N), atol=1e-5, rtol=1e-4)
         *_, old_values, batch_advantages, returns, _ = record.batches[i]
         assert torch.equal(old_values, gae_values[:-1].flatten())
@@ -425,7 +477,7 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
 def fixed_batch(n: int) -> list[torch.Tensor]:
     """A batch of n steps, a fifth of them resets, as compute_gradient takes it."""
     generator = torch.Generator().manual_seed(0)
-    obs = torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    obs = torch.randint(0, 256, (n, 21, 21, 64), dtype=torch.uint8, generator=generator)
     numbers = torch.randn(4, n, generator=generator)
     valid = (torch.arange(n) % 5 != 2).float()
     return [obs, torch.arange(n) % 4, numbers[0] * 0.1 - 1.4, numbers[1], numbers[2], numbers[3], valid]
@@ -433,8 +485,8 @@ def fixed_batch(n: int) -> list[torch.Tensor]:
 
 def gradient_of(args: Args, batch: list[torch.Tensor]) -> torch.Tensor:
     torch.manual_seed(1)
-    agent = Agent(4, 4)
-    theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    agent = Agent(4, 4, precision=args.precision)
+    theta = nn.utils.parameters_to_vector(p.detach().float() for p in agent.parameters())
     compute_gradient, _ = make_update(agent, args)
     return compute_gradient(theta, batch, torch.arange(len(batch[0])), torch.tensor(0.1))[0]
 
@@ -454,8 +506,8 @@ def test_reset_steps_do_not_enter_the_gradient():
 # data parallel
 
 
-PARALLEL: dict[str, Any] = {"seed": 4, "norm_adv": "none", "max_episode_steps": 2}
-TARGET_KL = 1.28e-3
+PARALLEL: dict[str, Any] = {"seed": 12, "norm_adv": "none", "max_episode_steps": 2}
+TARGET_KL = 4.9e-4
 
 
 def uneven_batch() -> list[torch.Tensor]:
@@ -630,12 +682,12 @@ def test_evaluation_plays_whole_games_and_repeats_itself():
     assert ppo_atari.evaluate(whole, checkpoint) != first
 
 
-@pytest.mark.parametrize(("scale_obs", "seed"), [(True, 3), (False, 0)])
+@pytest.mark.parametrize(("scale_obs", "seed"), [(True, 10), (False, 10)])
 def test_evaluation_against_playing_by_hand(scale_obs, seed):
     """The likeliest actions of a random network in Space Invaders; with these seeds it does not do the same all the time."""
     torch.manual_seed(seed)
     agent = Agent(4, 6, scale=255.0 if scale_obs else 1.0)
-    nn.init.uniform_(agent.get_parameter("trunk.0.bias"), -1, 1)  # without biases the scale would not matter
+    nn.init.uniform_(agent.get_parameter("convolutions.0.bias"), -1, 1)  # without biases the scale would not matter
     options: dict[str, Any] = {"frame_skip": 20, "max_episode_steps": 80}  # games end sooner
     args = tiny_args(env="SpaceInvaders", eval_episodes=4, eval_deterministic=True, scale_obs=scale_obs, **options)
     Path("run").mkdir()
@@ -648,7 +700,7 @@ def test_evaluation_against_playing_by_hand(scale_obs, seed):
     running, resetting = np.ones(4, dtype=bool), np.zeros(4, dtype=bool)
     while running.any():
         with torch.no_grad():
-            action = agent.actor(agent.hidden(torch.as_tensor(obs))).argmax(1).numpy()
+            action = agent.actor(agent.hidden(to_blocks(obs))).argmax(1).numpy()
         obs, reward, terminated, truncated, info = envs.step(action)
         returns[running] += info["reward"][running]
         signs[running] += reward[running]
