@@ -12,6 +12,7 @@ import csv
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -264,19 +265,24 @@ def table_details(results: Results) -> str:
     return markdown(head, rows) + results.footer("details")
 
 
+PRECISIONS = {"default": "float32", "bfloat16": "bfloat16"}  # settings of the suite atari-short
+
+
 def table_atari_short(results: Results) -> str:
     rows = []
-    for game, planned in suites.ATARI_SHORT.items():
-        group = results.runs.get(("atari-short", "default", game), {})
-        hours = seeds = steps = ""
+    for (game, (planned, _)), (setting, precision) in itertools.product(suites.ATARI_SHORT.items(), PRECISIONS.items()):
+        group = results.runs.get(("atari-short", setting, game), {})
+        scores = hours = steps = ""
         if group:
-            finals = [result["final"] for result in group.values()]
-            seeds, steps = seeds_text(list(group)), f"{finals[0]['global_step']:,}"
+            finals = [group[seed]["final"] for seed in sorted(group)]
+            scores = ", ".join(f"{final['return']:.1f}" for final in finals)
+            steps = f"{finals[0]['global_step']:,}"
             if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
                 steps += f" (stopped; of {planned:,})"
-            hours = f"{np.mean([final['seconds'] for final in finals]) / 3600:.1f}"
-        rows.append([game, results.cell("atari-short", "default", game), seeds, steps or f"(planned: {planned:,})", hours])
-    head = ["game", "score, last 100 games", "seeds", "steps", "hours"]
+            hours = ", ".join(f"{final['seconds'] / 3600:.1f}" for final in finals)
+        score, seeds = results.cell("atari-short", setting, game), seeds_text(list(group))
+        rows.append([game, precision, score, seeds, scores, steps or f"(planned: {planned:,})", hours])
+    head = ["game", "trunk", "score, last 100 games", "seeds", "scores by seed", "steps", "hours by seed"]
     return markdown(head, rows) + results.footer("atari-short")
 
 
@@ -606,7 +612,7 @@ PLOTS: dict[str, tuple[str, Callable, Callable]] = {
     "details": ("Effect of each detail", details_data, draw_details),
     "atari_short": (
         "Learning curves on Atari without a GPU",
-        lambda r: curves_data(r, {"PPO": ("atari-short", "default")}, suites.ATARI_SHORT),
+        lambda r: curves_data(r, {name: ("atari-short", s) for s, name in PRECISIONS.items()}, suites.ATARI_SHORT),
         draw_curves,
     ),
     "atari": (
