@@ -12,7 +12,8 @@ and compilation out); the same environments stepped with random actions, by envs
 Stable-Baselines3 with the same network, batch size and epochs (--peer-python: a Python that has it); sbx likewise
 (--sbx-python); the script of a CleanRL checkout, unchanged (--cleanrl), whose defaults are the same (--cleanrl-python: a
 Python with gymnasium 0.29, which it needs). For an Atari game: ppo_atari.py compiled and eager, in bfloat16, with one epoch
-instead of four (the difference is what three epochs cost), its environments alone, and Stable-Baselines3. For CartPole-v1:
+instead of four (the difference is what three epochs cost), its environments alone, Stable-Baselines3, and CleanRL's
+ppo_atari.py (--cleanrl; its Python needs ale-py 0.10 and stable-baselines3 2.3 too). For CartPole-v1:
 ppo_shared_params.py with 4 and 64 environments of 128 steps, with an LSTM, and Stable-Baselines3. Run it on a quiet machine.
 """
 
@@ -148,31 +149,30 @@ def measure_peer(library: str, env: str, num_envs: int, steps: int, threads: int
 
 
 def measure_cleanrl(file: str, env: str, num_envs: int, steps: int) -> dict:
-    """CleanRL's ppo_continuous_action.py as it is, timed from the end of its first iteration by the lines it prints."""
+    """CleanRL's script as it is, timed from the end of its first iteration by the lines it prints."""
     import gymnasium
     import torch
 
-    iterations = max(steps // BATCH, 1) + 1
-    command = [
-        sys.executable,
-        "-u",
-        str(Path(file).resolve()),
-        "--env-id",
-        mujoco_id(env),
-        "--no-cuda",
-        "--num-envs",
-        str(num_envs),
-    ]
-    command += ["--num-steps", str(BATCH // num_envs), "--total-timesteps", str(BATCH * iterations)]
+    modules, path, wrapped = [gymnasium, torch], Path(file).resolve(), []
+    batch, env_id = BATCH, mujoco_id
+    if env in suites.ATARI:
+        import ale_py  # registers the games; the script does not import it
+
+        wrapped = ["-c", "import ale_py, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"]
+        modules, batch, env_id = [*modules, ale_py], ATARI_BATCH, "{}NoFrameskip-v4".format
+    iterations = max(steps // batch, 1) + 1
+    command = [sys.executable, "-u", *wrapped, str(path), "--env-id", env_id(env), "--no-cuda", "--num-envs", str(num_envs)]
+    command += ["--num-steps", str(batch // num_envs), "--total-timesteps", str(batch * iterations)]
+    utils = os.environ | {"PYTHONPATH": str(path.parents[1])}  # where its cleanrl_utils lies
     with tempfile.TemporaryDirectory() as folder:  # it writes runs/ where it stands
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=folder, env=utils, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         ends = [time.perf_counter() for line in process.stdout if line.startswith("SPS:")]  # one at the end of an iteration
         if process.wait() or len(ends) != iterations:
             raise SystemExit(f"{file} failed with exit code {process.returncode} after {len(ends)} iterations")
-    versions = {module.__name__: module.__version__ for module in (gymnasium, torch)}
-    versions["CleanRL script, sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:10]
-    return {"sps": BATCH * (iterations - 1) / (ends[-1] - ends[0]), "versions": versions}
+    versions = {module.__name__: module.__version__ for module in modules}
+    versions["CleanRL script, sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+    return {"sps": batch * (iterations - 1) / (ends[-1] - ends[0]), "versions": versions}
 
 
 def measure_script(script: str, batch: int, env: str, num_envs: int, steps: int, threads: int, flags: tuple[str, ...]) -> dict:
@@ -206,6 +206,8 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int, cleanr
             return measure_game(env, num_envs, steps, threads)
         if what == "sb3":
             return measure_game_peer(env, num_envs, steps, threads)
+        if what == "cleanrl":
+            return measure_cleanrl(cleanrl, env, num_envs, steps)
         return measure_script("ppo_atari.py", ATARI_BATCH, env, num_envs, steps, threads, FLAGS[what])
     if env == "CartPole-v1":
         if what == "sb3":
@@ -239,6 +241,8 @@ def contestants(
         found["environment only, 8 envs"] = ("envs.step", 8, sys.executable)
         if peer_python:
             found["Stable-Baselines3, 8 envs"] = ("sb3", 8, peer_python)
+        if cleanrl_python:
+            found["CleanRL, 8 envs"] = ("cleanrl", 8, cleanrl_python)
         return found
     if env == "CartPole-v1":
         found["shared, 4 envs"] = ("compiled", 4, sys.executable)
@@ -290,7 +294,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and envpool")
     parser.add_argument("--peer-python", help="Python with stable-baselines3 and gymnasium[mujoco]")
     parser.add_argument("--sbx-python", help="Python with sbx-rl")
-    parser.add_argument("--cleanrl", default="", help="ppo_continuous_action.py of a CleanRL checkout")
+    parser.add_argument("--cleanrl", default="", help="ppo_continuous_action.py of a CleanRL checkout, or its ppo_atari.py")
     parser.add_argument("--cleanrl-python", help="Python with torch, gymnasium 0.29, MuJoCo, tensorboard and tyro")
     parser.add_argument("--contestant", nargs="+", help="only these; the first is compared with the others")
     parser.add_argument("--name", help="of the file in results/speed/; default: none is written")
