@@ -479,7 +479,8 @@ def draw_curves(data: dict, plt):
         axis.set_xlabel("million steps", fontsize=7)
     axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
     if len(names) > 1:
-        figure.legend(names.values(), names.keys(), loc="lower right", fontsize=9, frameon=False, handlelength=4)
+        place, where = (figure, "lower right") if len(data) < axes.size else (axes.flat[-1], "upper left")
+        place.legend(names.values(), names.keys(), loc=where, fontsize=9, frameon=False, handlelength=4)
     figure.tight_layout()
     return figure
 
