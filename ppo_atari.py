@@ -180,8 +180,8 @@ class Args:
     device: str = "auto"
     """device of network and rollout: cpu, cuda, cuda:1; auto: a GPU if there is one. GPUs are untested"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the trunk; bfloat16 scores alike (benchmarks/RESULTS.md) and is twice as fast where a CPU has AMX, slower elsewhere;
-    float32 on a GPU is TF32"""
+    """of the trunk: float32 (TF32 on a GPU), or bfloat16, which scores alike so far (benchmarks/RESULTS.md) and is twice as
+    fast on a CPU with AMX"""
     num_threads: int = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     """CPU threads of torch and of envpool, which take turns, of each rank, at least 1; default: the cores there are"""
 
