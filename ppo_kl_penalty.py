@@ -766,17 +766,9 @@ def train(args: Args) -> dict:
         log.seek(0, os.SEEK_END)
     if not checkpoint:
         logs["metrics.jsonl"].write(json.dumps(describe_run(args)) + "\n")
-    wandb_id = checkpoint.get("wandb_id") if checkpoint else None
-    if args.track:
-        wandb_id = wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=wandb_id,  # None: a new one
-            resume="allow",
-            dir=run_dir,
-            config=dataclasses.asdict(args),
-        ).id
+    wandb_id = checkpoint["wandb_id"] if checkpoint else None
+    if args.track and not wandb_id:
+        wandb_id = os.urandom(4).hex()
 
     def save(iteration: int):
         for log in logs.values():
@@ -800,6 +792,20 @@ def train(args: Args) -> dict:
 
     if not checkpoint or checkpoint["args"]["total_timesteps"] != args.total_timesteps:
         save(start_iteration)
+    if args.track:
+        try:
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=run_dir.name,
+                id=wandb_id,
+                resume="allow",
+                dir=run_dir,
+                config=dataclasses.asdict(args),
+            )
+        except wandb.errors.CommError as error:  # what only the server knows: that there is no such entity, say
+            without = f"--resume {run_dir} --no-track goes on without it"
+            raise UsageError(f"Weights & Biases refuses the run: {error}; {without}") from error
     tqdm.tqdm.write(
         f"{args.env}: {N} x {T} steps, {args.num_iterations} iterations, update on {args.device}, {args.num_threads} "
         f"thread(s); run directory {run_dir}",

@@ -1,9 +1,12 @@
 """What cannot run is refused in one clear sentence on stderr with exit code 2, and nothing is left half-written."""
 
+import json
 import os
 import re
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -185,6 +188,38 @@ def test_wandb_without_login(fails, monkeypatch, tmp_path_factory):
 def test_wandb_project_that_wandb_refuses(fails, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert "wandb_project_name is a/b: " in fails(*tiny_flags(track=True, wandb_project_name="a/b"))
+
+
+class RefusingServer(BaseHTTPRequestHandler):
+    """Of W&B what wandb.init asks for, over HTTP: it knows the user, but no entity to start a run for."""
+
+    def do_POST(self):
+        query = self.rfile.read(int(self.headers["Content-Length"]))
+        refused = b"mutation UpsertBucket" in query
+        user = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        answer = {"errors": [{"message": "entity nobody not found"}]} if refused else {"data": {"viewer": user}}
+        self.send_response(404 if refused else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, format, *args):
+        """Nothing on stderr."""
+
+
+def test_wandb_entity_that_the_server_refuses():
+    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        online = {"WANDB_MODE": "online", "WANDB_API_KEY": 40 * "a", "WANDB_SILENT": "true"}
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = run_script(*tiny_flags("run", track=True, wandb_entity="nobody"), WANDB_BASE_URL=url, **online)
+        server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = "refuses the run: entity nobody not found; --resume run --no-track goes on without it"
+    assert f"ppo_continuous.py: error: Weights & Biases {line}" in done.stderr
+    done = run_script("--resume", "run", "--no-track")
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint("run")["iteration"] == 4
 
 
 @pytest.mark.parametrize(("where", "step"), [("observation", 9), ("reward", 8)])
