@@ -12,7 +12,6 @@ import csv
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import re
 import sys
@@ -265,12 +264,12 @@ def table_details(results: Results) -> str:
     return markdown(head, rows) + results.footer("details")
 
 
-PRECISIONS = {"default": "float32", "bfloat16": "bfloat16"}  # settings of the suite atari-short
+ATARI_LABELS = {s: "float32" if s == "default" else s for _, s, *_ in suites.ATARI_SHORT}
 
 
 def table_atari_short(results: Results) -> str:
     rows = []
-    for (game, (planned, _)), (setting, precision) in itertools.product(suites.ATARI_SHORT.items(), PRECISIONS.items()):
+    for game, setting, _, planned, _ in suites.ATARI_SHORT:
         group = results.runs.get(("atari-short", setting, game), {})
         scores = hours = steps = ""
         if group:
@@ -281,8 +280,8 @@ def table_atari_short(results: Results) -> str:
                 steps += f" (stopped; of {planned:,})"
             hours = ", ".join(f"{final['seconds'] / 3600:.1f}" for final in finals)
         score, seeds = results.cell("atari-short", setting, game), seeds_text(list(group))
-        rows.append([game, precision, score, seeds, scores, steps or f"(planned: {planned:,})", hours])
-    head = ["game", "trunk", "score, last 100 games", "seeds", "scores by seed", "steps", "hours by seed"]
+        rows.append([game, ATARI_LABELS[setting], score, seeds, scores, steps or f"(planned: {planned:,})", hours])
+    head = ["game", "setting", "score, last 100 games", "seeds", "scores by seed", "steps", "hours by seed"]
     return markdown(head, rows) + results.footer("atari-short")
 
 
@@ -613,7 +612,7 @@ PLOTS: dict[str, tuple[str, Callable, Callable]] = {
     "details": ("Effect of each detail", details_data, draw_details),
     "atari_short": (
         "Learning curves on Atari without a GPU",
-        lambda r: curves_data(r, {name: ("atari-short", s) for s, name in PRECISIONS.items()}, suites.ATARI_SHORT),
+        lambda r: curves_data(r, {label: ("atari-short", s) for s, label in ATARI_LABELS.items()}, ("Pong", "Breakout")),
         draw_curves,
     ),
     "atari": (
