@@ -477,10 +477,12 @@ def draw_curves(data: dict, plt):
         axis.grid(alpha=0.25)
         axis.set_xlabel("million steps", fontsize=7)
     axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
-    if len(names) > 1:
-        place, where = (figure, "lower right") if len(data) < axes.size else (axes.flat[-1], "upper left")
-        place.legend(names.values(), names.keys(), loc=where, fontsize=9, frameon=False, handlelength=4)
-    figure.tight_layout()
+    beside = len(names) > 1 and len(data) < axes.size  # a panel is free for the legend; else it goes below, in a row
+    below = len(names) > 1 and not beside
+    if beside or below:
+        where, columns = ("lower right", 1) if beside else ("lower center", len(names))
+        figure.legend(names.values(), names.keys(), loc=where, ncols=columns, fontsize=9, frameon=False, handlelength=4)
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight() if below else 0, 1, 1))
     return figure
 
 
