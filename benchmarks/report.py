@@ -564,10 +564,10 @@ def draw_details(data: dict, plt):
         for setting, effect in data["effects"].items():
             y = settings.index(setting)
             axis.plot([effect["low"], effect["high"]], [y, y], "-", color="black", lw=1.4)
-            clear = effect["low"] > 0 or effect["high"] < 0
+            clear = effect["low"] < effect["high"] and (effect["low"] > 0 or effect["high"] < 0)  # one seed has no interval
             axis.plot(effect["mean"], y, "s", color="black", mfc="black" if clear else "white", markersize=5)
         axis.set_title("effect, mean over the tasks", fontsize=8)
-        axis.set_xlabel("95% interval; filled: without 0", fontsize=7)
+        axis.set_xlabel("95% interval, none with one seed;\nfilled: without 0", fontsize=7)
     for axis in axes.flat:
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
