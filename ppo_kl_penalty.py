@@ -766,7 +766,7 @@ def train(args: Args) -> dict:
         log.seek(0, os.SEEK_END)
     if not checkpoint:
         logs["metrics.jsonl"].write(json.dumps(describe_run(args)) + "\n")
-    wandb_id = checkpoint["wandb_id"] if checkpoint else None
+    wandb_id = checkpoint.get("wandb_id") if checkpoint else None
     if args.track and not wandb_id:
         wandb_id = os.urandom(4).hex()
 
