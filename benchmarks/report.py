@@ -477,12 +477,13 @@ def draw_curves(data: dict, plt):
         axis.grid(alpha=0.25)
         axis.set_xlabel("million steps", fontsize=7)
     axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
-    beside = len(names) > 1 and len(data) < axes.size  # a panel is free for the legend; else it goes below, in a row
-    below = len(names) > 1 and not beside
-    if beside or below:
-        where, columns = ("lower right", 1) if beside else ("lower center", len(names))
+    below = 0.0  # share of the height that the legend takes
+    if len(names) > 1:
+        free = len(data) < axes.size  # a panel is free for the legend; else it goes below, in a row
+        where, columns = ("lower right", 1) if free else ("lower center", len(names))
         figure.legend(names.values(), names.keys(), loc=where, ncols=columns, fontsize=9, frameon=False, handlelength=4)
-    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight() if below else 0, 1, 1))
+        below = 0.0 if free else 0.3 / figure.get_figheight()
+    figure.tight_layout(rect=(0, below, 1, 1))
     return figure
 
 
