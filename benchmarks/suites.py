@@ -23,6 +23,7 @@ ATARI = (  # the 49 games of Table 6
 )
 # fmt: on
 SEEDS = (1, 2, 3)
+TEN, TWENTY, THIRTY = (tuple(range(1, n + 1)) for n in (10, 20, 30))
 BFLOAT16: dict[str, Any] = {"precision": "bfloat16"}
 LARGER: dict[str, Any] = BFLOAT16 | {"learning_rate": 5e-4, "clip_coef": 0.2, "num_minibatches": 8}
 # ppo_atari.py on a CPU: game, setting, flags beyond the defaults, steps, seeds.
@@ -60,6 +61,8 @@ AS_PRINTED: dict[str, Any] = {
     "vf_coef": 2.0,  # c1 = 1 on the squared error without 1/2
     "bootstrap_truncated": False,
 }
+# The same with observations normalized, once a batch, as the code of 2017 did (its paper does not say so).
+AS_PRINTED_NORMALIZED: dict[str, Any] = AS_PRINTED | {"norm_obs": "batch"}
 CLIP, PENALTY = "ppo_continuous.py", "ppo_kl_penalty.py"
 TABLE1: dict[str, tuple[str, dict[str, Any]]] = {
     "no clipping or penalty": (CLIP, {"clip_policy": False}),
@@ -182,11 +185,17 @@ def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seed
 
 def make_suite(name: str) -> list[Run]:
     """Runs of a stored suite."""
-    base = grid("base", {"default": (CLIP, {})}, MUJOCO, SEEDS)
-    if name == "base":
-        return base
+    default = {"default": (CLIP, {})}
+    if name == "base":  # HalfCheetah has two kinds of runs, so it gets more seeds
+        return grid(name, default, MUJOCO, TEN) + grid(name, default, ["HalfCheetah"], THIRTY[10:])
     if name == "table1":
         return grid(name, {k: (script, AS_PRINTED | flags) for k, (script, flags) in TABLE1.items()}, MUJOCO, SEEDS)
+    if name == "table1-normalized":
+        return grid(name, {k: (script, AS_PRINTED_NORMALIZED | flags) for k, (script, flags) in TABLE1.items()}, MUJOCO, SEEDS)
+    if name == "collapse":  # more seeds of one row of table1-normalized; its first three are there
+        script, flags = TABLE1["no clipping or penalty"]
+        setting = {"no clipping or penalty": (script, AS_PRINTED_NORMALIZED | flags)}
+        return grid(name, setting, ["HalfCheetah", "Reacher"], TWENTY[3:])
     if name == "table1-details":
         return grid(name, TABLE1, MUJOCO, SEEDS)
     if name == "figure3":  # PPO is the suite base
@@ -194,7 +203,7 @@ def make_suite(name: str) -> list[Run]:
         own = grid(name, settings, SECOND_HAND, SEEDS) + grid(
             name, settings, [e for e in MUJOCO if e not in SECOND_HAND], SEEDS
         )
-        return base + own
+        return grid("base", default, MUJOCO, SEEDS) + own
     if name == "peer":  # Stable-Baselines3 with the settings of the suite base
         return grid(name, {"SB3 PPO": ("benchmarks/baselines.py", {"algorithm": "ppo"})}, MUJOCO, SEEDS)
     if name == "discrete":
@@ -217,7 +226,10 @@ def make_suite(name: str) -> list[Run]:
     raise ValueError(name)
 
 
-SUITES = ("base", "table1", "table1-details", "figure3", "peer", "discrete", "atari-short", "table6", "details")
+SUITES = (
+    *("base", "table1", "table1-normalized", "collapse", "table1-details", "figure3", "peer"),
+    *("discrete", "atari-short", "table6", "details"),
+)
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
 
