@@ -185,7 +185,8 @@ def run_killed(kill_at: int, script: str, words: list[str]):
                 os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target, **options)
 
-    os.replace = counting
+    system: Any = os
+    system.replace = counting
     sys.argv = [script, *words]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
