@@ -609,12 +609,13 @@ def explained_variance(batch: Batch) -> float:
     return (1 - residual / variance).item() if variance > 0 else 0.0
 
 
-def learn(
-    update, theta, adam, batch: Batch, learning_rate: float, clip_coef: float, args: Args
-) -> tuple[dict[str, float], int]:
-    """All epochs over a batch: the means of what is logged, and how many epochs there were."""
+def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: Args) -> tuple[dict[str, float], int]:
+    """All epochs over a batch: the means of what is logged, and how many epochs there were.
+
+    schedule: what update takes besides, as it is in this iteration: learning rate, clip range.
+    """
     # tensors, because the compiled function would bake in the first value of a Python number
-    hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef)]
+    hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in schedule]
     infos = []
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size).to(args.device)  # [detail 06]
@@ -657,7 +658,7 @@ def train(args: Args) -> dict:
                 runner.restart(iteration)
             rollout = runner.play(agent)
             batch = make_batch(agent, rollout, args)
-            losses, epochs = learn(update, theta, adam, batch, learning_rate, clip_coef, args)
+            losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef), args)
 
             charts = {"learning_rate": learning_rate, "clip_coef": clip_coef, "epochs": epochs}
             run.log(iteration, runner, charts, losses, rollout.episodes)
