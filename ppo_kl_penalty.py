@@ -417,7 +417,8 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss to minimize, the negative of eq. 9 with the penalized objective of eq. 8, and what is logged of it.
 
-    new: what the networks say now; old: the minibatch; clip_coef, kl_coef: scalar tensors. Means run over the steps with valid = 1.
+    new: what the networks say now; old: the minibatch; clip_coef, kl_coef: scalar tensors. Means run over the steps with
+    valid = 1.
     """
     logratio = (new.logprob - old.logprob) * old.valid  # reset steps: ratio 1, so that nothing overflows there
     ratio = logratio.exp()
@@ -655,10 +656,14 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
             if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
                 break
     losses = {key: torch.stack([info[key] for info in infos]).mean().item() for key in infos[0]}  # waits for the device
-    with torch.no_grad():
-        now = agent(batch.obs, batch.action)
-        losses["kl"] = masked_mean(gaussian_kl(batch.mean, batch.std, now.mean, now.std), batch.valid).item()
     return losses | {"explained_variance": explained_variance(batch)}, len(infos) // args.num_minibatches
+
+
+@torch.no_grad()
+def kl_of_update(agent: Agent, batch: Batch) -> float:
+    """Mean KL[policy that acted, policy now] over the batch, in nats."""
+    mean, std = agent.policy(batch.obs)
+    return masked_mean(gaussian_kl(batch.mean, batch.std, mean, std), batch.valid).item()
 
 
 def train(args: Args) -> dict:
@@ -696,6 +701,7 @@ def train(args: Args) -> dict:
             rollout = runner.play(agent)
             batch = make_batch(agent, rollout, args)
             losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef, kl_coef), args)
+            losses["kl"] = kl_of_update(agent, batch)
 
             charts = {"learning_rate": learning_rate, "clip_coef": clip_coef, "kl_coef": kl_coef, "epochs": epochs}
             run.log(iteration, runner, charts, losses, rollout.episodes)
