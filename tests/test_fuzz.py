@@ -18,7 +18,6 @@ import math
 import os
 import pickle
 import random
-import re
 import resource
 import shlex
 import shutil
@@ -323,7 +322,10 @@ def draw_case(script: str, number: int) -> Case:
         elif around in ("no stderr", "no stdout"):
             case.real, case.closed = True, (2 if around == "no stderr" else 1,)
         elif around in ("small files", "log full"):
-            case.real, case.limits = False, {resource.RLIMIT_FSIZE: 20_000 if around == "small files" else 100}
+            case.real, case.limits = (
+                False,
+                {resource.RLIMIT_FSIZE: rng.choice([20_000, 80_000]) if around == "small files" else 100},
+            )
         elif around == "few files":
             case.real, case.limits = False, {resource.RLIMIT_NOFILE: rng.choice([8, 12, 20])}
         elif around == "ascii":
@@ -655,7 +657,7 @@ def judge(case: Case, folder: Path, before: dict[str, str], ended: Ended, out: s
         wrong.append("traceback")
     if ended.code in (1, 2) and 2 not in case.closed:
         lines = [line for line in err.splitlines() if line.strip()]
-        said = [line for line in lines if re.match(rf"{case.script}\.py: (error|stopped): \S", line)]
+        said = [line for line in lines if line.startswith(f"{case.script}.py: ")]
         boxed = bool(lines) and lines[-1].startswith("╰") and ended.code == 2  # of tyro
         if not (boxed and not said) and not (len(said) == 1 and lines[-1] == said[0]):
             wrong.append("no single sentence at the end of stderr")
@@ -713,7 +715,6 @@ def test_every_command_line_ends_in_one_sentence(script, whole, tmp_path):
         if wrong := judge(case, folder, before, ended, out, err):
             end = " | ".join(err.strip().splitlines()[-2:])[-400:]
             failed.append(f"{case}\n    {'; '.join(wrong)}\n    code {ended.code}, {ended.seconds:.0f} s: {end}")
-            print(failed[-1].encode("utf-8", "backslashreplace").decode(), flush=True)
         shutil.rmtree(folder)
     counts = ", ".join(f"{codes.count(code)} with {code}" for code in sorted(set(codes), key=str))
     print(f"{script}: {len(codes)} command lines, {counts}; {len(failed)} failed")

@@ -28,8 +28,11 @@ def run_main(name: str, words: list[str], folder: str, env: dict[str, str], stdo
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     script = importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    if handler := getattr(script, "stop_at_signal", None):  # a script sets it where it is the main module
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
     sys.argv = [str(ROOT / f"{name}.py"), *words]
