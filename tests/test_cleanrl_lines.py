@@ -133,10 +133,10 @@ def test_a_flag_that_is_refused_with_what_to_use(command_line, script, line, sai
         (CONTINUOUS, "dm_control/cartpole-balance_sparse-v0", r"CartpoleBalanceSparse-v1"),
         (CONTINUOUS, "dm_control/humanoid-walk-v0", r"HumanoidWalk-v1"),
         (CONTINUOUS, "CartPole-v1", r"ppo_shared_params\.py"),
-        (CONTINUOUS, "BreakoutNoFrameskip-v4", r"ppo_atari\.py"),
-        (SHARED, "BreakoutNoFrameskip-v4", r"ppo_atari\.py"),
-        (ATARI, "CartPole-v1", r"ppo_shared_params\.py"),
-        (ATARI, "HalfCheetah-v4", r"ppo_continuous\.py"),
+        (CONTINUOUS, "BreakoutNoFrameskip-v4", r"ppo_atari\.py|Breakout-v5"),
+        (SHARED, "BreakoutNoFrameskip-v4", r"ppo_atari\.py|Breakout-v5"),
+        (ATARI, "CartPole-v1", r"unknown game CartPole-v1"),
+        (ATARI, "HalfCheetah-v4", r"unknown game HalfCheetah-v4"),
     ],
 )
 def test_an_environment_of_its_benchmarks_that_has_another_name_or_script_here(command_line, script, name, said):
