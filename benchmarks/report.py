@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import run
 import stats
 import suites
+from results import MACHINE, RESULTS, RunnerError, is_stopped_early, read_result
 
 HERE = Path(__file__).resolve().parent
 ALL_ON = "all on (suite base)"
@@ -58,7 +58,7 @@ def seeds_text(seeds: list[int]) -> str:
 
 def settings_of(result: dict) -> dict:
     """Arguments of a run without its seed and what it ran on."""
-    return {k: v for k, v in result["header"]["args"].items() if k != "seed" and k not in run.MACHINE}
+    return {k: v for k, v in result["header"]["args"].items() if k != "seed" and k not in MACHINE}
 
 
 class Results:
@@ -68,15 +68,15 @@ class Results:
         self.reference = HERE / "reference"
         self.runs: dict[tuple[str, str, str], dict[int, dict]] = {}  # (suite, setting, env) -> seed -> result
         for file in sorted(folder.glob("*/*.jsonl.gz")):
-            result = run.read_result(file)
+            result = read_result(file)
             header = result["header"]
             group = self.runs.setdefault((header["suite"], header["setting"], header["env"]), {})
             if group and next(iter(group.values()))["final"]["global_step"] != result["final"]["global_step"]:
-                raise run.RunnerError(f"{file} has another number of steps than the other seeds beside it")
+                raise RunnerError(f"{file} has another number of steps than the other seeds beside it")
             if group and settings_of(next(iter(group.values()))) != settings_of(result):
-                raise run.RunnerError(f"{file} has other settings than the other seeds beside it")
+                raise RunnerError(f"{file} has other settings than the other seeds beside it")
             if result["final"]["return"] is None:
-                raise run.RunnerError(f"{file} has no finished episode")
+                raise RunnerError(f"{file} has no finished episode")
             group[header["seed"]] = result
         self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
         self.speed = {
@@ -276,7 +276,7 @@ def table_atari_short(results: Results) -> str:
             finals = [group[seed]["final"] for seed in sorted(group)]
             scores = ", ".join(f"{final['return']:.1f}" for final in finals)
             steps = f"{finals[0]['global_step']:,}"
-            if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
+            if is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
                 steps += f" (stopped; of {planned:,})"
             hours = ", ".join(f"{final['seconds'] / 3600:.1f}" for final in finals)
         score, seeds = results.cell("atari-short", setting, game), seeds_text(list(group))
@@ -676,11 +676,11 @@ def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
     opened, closed = len(re.findall("<!-- table:", text)), len(re.findall("<!-- /table -->", text))
     pattern = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
     if not opened == closed == len(pattern.findall(text)):
-        raise run.RunnerError(f"{name}: the table markers do not pair up")
+        raise RunnerError(f"{name}: the table markers do not pair up")
 
     def replace(match: re.Match) -> str:
         if match.group(1) not in tables:
-            raise run.RunnerError(f"{name}: there is no table {match.group(1)}; tables: {', '.join(tables)}")
+            raise RunnerError(f"{name}: there is no table {match.group(1)}; tables: {', '.join(tables)}")
         return f"<!-- table:{match.group(1)} -->\n{tables[match.group(1)]()}<!-- /table -->"
 
     return pattern.sub(replace, text)
@@ -689,8 +689,8 @@ def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something is stale")
-    parser.add_argument("--results-dir", type=Path, default=run.RESULTS)
-    parser.add_argument("--readme", type=Path, default=run.ROOT / "README.md")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=suites.ROOT / "README.md")
     parser.add_argument("--results-md", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--plots-dir", type=Path, default=HERE / "plots")
     options = parser.parse_args(argv)
@@ -719,7 +719,7 @@ def main(argv: list[str]) -> int:
                 stale.append(file)
                 if not options.check:
                     file.write_text(new)
-    except run.RunnerError as error:
+    except RunnerError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
     for file in stale:

@@ -185,7 +185,7 @@ def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seed
 
 def make_suite(name: str) -> list[Run]:
     """Runs of a stored suite."""
-    default = {"default": (CLIP, {})}
+    default: dict[str, tuple[str, dict[str, Any]]] = {"default": (CLIP, {})}
     if name == "base":  # HalfCheetah has two kinds of runs, so it gets more seeds
         return grid(name, default, MUJOCO, TEN) + grid(name, default, ["HalfCheetah"], THIRTY[10:])
     if name == "table1":

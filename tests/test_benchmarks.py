@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -22,6 +23,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 import report  # noqa: E402
+import results as result_files  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
 import suites  # noqa: E402
@@ -73,7 +75,7 @@ for i in range(c["iteration"] + 1, a.total_timesteps // 100 + 1):
 def repo(tmp_path):
     """A repository with the real runner and the stand-in as ppo_continuous.py."""
     (tmp_path / "benchmarks").mkdir()
-    for name in ("run.py", "suites.py", "stats.py"):
+    for name in ("run.py", "results.py", "ray_cluster.py", "suites.py", "stats.py"):
         shutil.copy(REPO / "benchmarks" / name, tmp_path / "benchmarks")
     (tmp_path / "ppo_continuous.py").write_text(STAND_IN)
     return tmp_path
@@ -188,32 +190,32 @@ def write_run(folder, steps=1000, env="Hopper", seed=1, returns=None, seconds=No
 
 
 def test_result_of_a_run(tmp_path):
-    header, final, curve = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    header, final, curve = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     assert (header["suite"], header["setting"], header["env"], header["seed"]) == ("base", "default", "Hopper", 1)
     assert str(tmp_path) not in json.dumps([header, final, curve])
     assert final == {
         "return": 149.5, "return_over_training": 99.5, "episodes": 200, "global_step": 1000, "seconds": 1.0, "sps": 909,
     }  # fmt: skip
     assert curve["global_step"] == [10 * k for k in range(1, 101)]
-    episodes = run.read_jsonl(tmp_path / "r" / "episodes.jsonl")
+    episodes = result_files.read_jsonl(tmp_path / "r" / "episodes.jsonl")
     for step, value in zip(curve["global_step"], curve["return"], strict=True):
         assert value == pytest.approx(np.mean([e["return"] for e in episodes if e["global_step"] <= step][-100:]), abs=1e-4)
 
 
 def test_result_of_a_resumed_run_adds_up_the_time(tmp_path):
     seconds = [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 2.5, 0.25, 1.0, 2.0]
-    final = run.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
+    final = result_files.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
     assert final["seconds"] == 4.0 + 2.5 + 2.0
 
 
 def test_result_bytes_are_reproducible_and_read_back(tmp_path):
-    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    records = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     files = [tmp_path / name / "x.jsonl.gz" for name in ("a", "b")]
     for file in files:
-        run.write_result(file, records)
+        result_files.write_result(file, records)
         time.sleep(1.1 if file is files[0] else 0)  # another second in a gzip header would show
     assert files[0].read_bytes() == files[1].read_bytes()
-    result = run.read_result(files[0])
+    result = result_files.read_result(files[0])
     assert result["final"] == records[1]
     assert result["curve"] == records[2]
     assert result["header"]["script_commit"] is None  # no commit has this text
@@ -225,8 +227,8 @@ def test_commit_of_a_script_is_found():
         pytest.skip("no git history here")
     commit = log.stdout.decode().strip()
     text = subprocess.run(["git", "-C", str(REPO), "show", f"{commit}:ppo_continuous.py"], capture_output=True).stdout
-    assert run.find_commit("ppo_continuous.py", run.hashlib.sha256(text).hexdigest()) == commit
-    assert run.find_commit("ppo_continuous.py", "0" * 64) is None
+    assert result_files.find_commit("ppo_continuous.py", hashlib.sha256(text).hexdigest()) == commit
+    assert result_files.find_commit("ppo_continuous.py", "0" * 64) is None
 
 
 def collect(tmp_path, *words):
@@ -247,7 +249,7 @@ def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
 
 def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
     folder = write_run(tmp_path / "r")
-    header, *_, last = run.read_jsonl(folder / "metrics.jsonl")
+    header, *_, last = result_files.read_jsonl(folder / "metrics.jsonl")
 
     def collect_with(**args):
         lines = [header | {"args": header["args"] | args}, last | {"global_step": args["total_timesteps"]}]
@@ -264,25 +266,25 @@ def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
 
 
 def test_every_stored_result_has_the_settings_of_its_suite():
-    headers = [run.read_result(file)["header"] for file in (REPO / "benchmarks/results").glob("*/*.jsonl.gz")]
+    headers = [result_files.read_result(file)["header"] for file in (REPO / "benchmarks/results").glob("*/*.jsonl.gz")]
     assert headers
     for header in headers:
         if header["suite"] in suites.SUITES:
-            assert run.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
+            assert result_files.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
 
 
 def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path, capsys):
     cut = write_run(tmp_path / "cut", steps=900)
-    records = run.summarize(cut, "s", "default", stopped=True)
-    file = run.result_file(tmp_path / "res", "s", "default__Hopper__1")
-    run.write_result(file, records)
-    result = run.read_result(file)
+    records = result_files.summarize(cut, "s", "default", stopped=True)
+    file = result_files.result_file(tmp_path / "res", "s", "default__Hopper__1")
+    result_files.write_result(file, records)
+    result = result_files.read_result(file)
     assert result["final"]["global_step"] == result["curve"]["global_step"][-1] == 900
     planned = suites.Run("s", "default", "ppo_continuous.py", "Hopper", 1, {})
-    assert not run.is_finished(planned, tmp_path / "res")
+    assert not result_files.is_finished(planned, tmp_path / "res")
     assert collect(tmp_path, write_run(tmp_path / "done"), "--suite", "s") == 0
-    assert run.is_finished(planned, tmp_path / "res")
-    assert run.collect([cut], "s", "default", tmp_path / "res", stopped=True) == 1  # the finished result stays
+    assert result_files.is_finished(planned, tmp_path / "res")
+    assert result_files.collect([cut], "s", "default", tmp_path / "res", stopped=True) == 1  # the finished result stays
     assert "was stopped early and default__Hopper__1 has a finished result" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         collect(tmp_path, cut, "--suite", "base", "--stopped")
@@ -303,12 +305,12 @@ def test_jobs_at_a_time(monkeypatch):
 def test_damaged_result_is_named(tmp_path):
     with open(write_run(tmp_path / "r") / "metrics.jsonl", "a") as f:
         f.write('{"args": {}}\n')
-    with pytest.raises(run.RunnerError, match="no run directory with readable logs"):
-        run.summarize(tmp_path / "r", "base", "default")
+    with pytest.raises(result_files.RunnerError, match="no run directory with readable logs"):
+        result_files.summarize(tmp_path / "r", "base", "default")
     file = tmp_path / "x.jsonl.gz"
     file.write_bytes(gzip.compress(b"{}\n")[:-3])
-    with pytest.raises(run.RunnerError, match="damaged"):
-        run.read_result(file)
+    with pytest.raises(result_files.RunnerError, match="damaged"):
+        result_files.read_result(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- suites
@@ -316,8 +318,9 @@ def test_damaged_result_is_named(tmp_path):
 
 def test_suites_have_the_sizes_of_the_paper():
     sizes = {name: len(suites.make_suite(name)) for name in suites.SUITES}
-    assert sizes["table1"] == sizes["table1-details"] == 11 * 7 * 3
-    assert sizes["base"] == 21
+    assert sizes["table1"] == sizes["table1-normalized"] == sizes["table1-details"] == 11 * 7 * 3
+    assert sizes["base"] == 7 * 10 + 20
+    assert sizes["collapse"] == 2 * 17
     assert sizes["figure3"] == 3 * 7 * 3
     assert sizes["peer"] == 7 * 3
     assert sizes["discrete"] == 5 * 5 + 5 * 3
@@ -409,7 +412,7 @@ def test_sweep_runs_and_skips_what_is_finished(repo):
     code, out, err = finish(repo, *sweep("A", "B", seeds=("1", "2")), "--go", "--jobs", "2")
     assert (code, "4 of 4 runs finished, 0 failed" in out) == (0, True), err
     assert result_names(repo) == [f"default__{env}__{seed}.jsonl.gz" for env in "AB" for seed in (1, 2)]
-    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__B__2.jsonl.gz")
+    result = result_files.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__B__2.jsonl.gz")
     assert result["final"]["return"] == 2 * 5.5
     code, out, _ = finish(repo, *sweep("A", "B", "C"), "--go")  # one more environment
     assert code == 0
@@ -425,7 +428,7 @@ def test_failed_run_is_retried_once_and_reported(repo):
     assert result_names(repo) == ["default__A__1.jsonl.gz", "default__FLAKY__1.jsonl.gz"]
     counts = {name: [int(i) for n, i in starts(repo) if n == name] for name, _ in starts(repo)}
     assert counts == {"default__A__1": [0], "default__CRASH__1": [0, 4], "default__FLAKY__1": [0, 4]}  # second: resumed
-    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__FLAKY__1.jsonl.gz")
+    result = result_files.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__FLAKY__1.jsonl.gz")
     assert result["final"]["episodes"] == 10  # none lost, none doubled
 
 
@@ -467,7 +470,7 @@ def test_killed_runner_goes_on_where_it_was(repo):
     assert (code, "4 of 4 runs finished" in out) == (0, True), err
     assert any(int(i) > 0 for _, i in starts(repo)), "nothing was resumed"
     for seed in (1, 2, 3, 4):
-        lines = run.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
+        lines = result_files.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
         assert [e["global_step"] for e in lines] == [100 * i for i in range(1, 11)]
     assert len(result_names(repo)) == 4
 
@@ -516,9 +519,9 @@ def test_full_disk_stops_the_suite_with_one_sentence(repo, monkeypatch, capsys):
 
 
 def test_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    records = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     file = tmp_path / "res" / "x.jsonl.gz"
-    run.write_result(file, records)
+    result_files.write_result(file, records)
     before = file.read_bytes()
 
     def full(_):
@@ -526,7 +529,7 @@ def test_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        run.write_result(file, [records[0], records[1] | {"return": 0.0}, records[2]])
+        result_files.write_result(file, [records[0], records[1] | {"return": 0.0}, records[2]])
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == ["x.jsonl.gz"]
 
@@ -572,10 +575,10 @@ def reported(tmp_path):
     results = tmp_path / "results"
     for env, seed in itertools.product(("Hopper", "Reacher"), (1, 2)):
         level = 1000 * seed if env == "Hopper" else -5 - seed
-        records = run.summarize(
+        records = result_files.summarize(
             write_run(tmp_path / env / str(seed), env=env, seed=seed, returns=[level] * 200), "base", "default"
         )
-        run.write_result(run.result_file(results, "base", f"default__{env}__{seed}"), records)
+        result_files.write_result(result_files.result_file(results, "base", f"default__{env}__{seed}"), records)
     readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     readme.write_text("before\n<!-- table:base -->\nold\n<!-- /table -->\nafter\n")
     page.write_text(
@@ -637,8 +640,8 @@ def test_report_refuses_broken_markers(reported, capsys):
 def test_report_refuses_seeds_of_different_length(reported, capsys):
     folder, options = reported
     file = folder / "results/base/default__Hopper__2.jsonl.gz"
-    result = run.read_result(file)
-    run.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
+    result = result_files.read_result(file)
+    result_files.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
     assert report.main(options) == 1
     assert "another number of steps" in capsys.readouterr().err
 
@@ -651,7 +654,9 @@ def fake_results(folder, suite, settings, envs, seeds, score):
         value = float(score(setting, env, seed))
         final = {"return": value, "return_over_training": value, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
         name = suites.Run(suite, setting, "x.py", env, seed).name
-        run.write_result(run.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}])
+        result_files.write_result(
+            result_files.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}]
+        )
 
 
 def fake_random(folder, mean):
