@@ -22,6 +22,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
+import plot  # noqa: E402
 import report  # noqa: E402
 import results as result_files  # noqa: E402
 import run  # noqa: E402
@@ -780,3 +781,68 @@ def test_short_speed_table_pairs_the_alternations(tmp_path):
     assert "| 8 envs | 750 [500, 1000] | 75 [50, 100] | 150 [100, 200] |  | 10.0 [10.0, 10.0] | 5.0 [5.0, 5.0] |  |" in text
     (tmp_path / "speed" / "mujoco.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert report.table_speed_short(report.Results(tmp_path)) == "Nothing was measured yet.\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------- plot
+
+
+def write_setting(folder, setting, env, seed, level, **args):
+    """A run directory with these arguments, whose episodes all return `level`."""
+    run_dir = write_run(folder / f"{setting}__{env}__{seed}", env=env, seed=seed, returns=[level] * 200)
+    header, *lines = result_files.read_jsonl(run_dir / "metrics.jsonl")
+    records = [header | {"args": header["args"] | args}, *lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_dir
+
+
+def test_plot_of_a_sweep_of_two_settings(tmp_path, capsys):
+    for clip, env, seed in itertools.product((0.2, 0.1), ("Hopper", "Reacher"), (1, 2, 3)):
+        write_setting(tmp_path, f"clip={clip}", env, seed, 100.0 * seed + 1000 * clip, clip_coef=clip)
+    (tmp_path / "clip=0.2__Hopper__1.log").write_text("beside the runs, as run.py leaves it")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert plot.main([*paths, "--out", str(tmp_path / "a.svg")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Hopper clip_coef=0.1 3 300 200 400 1,000" in out
+    assert "Hopper clip_coef=0.2 3 400 300 500 1,000" in out
+    low, high = map(float, re.findall(r"Reacher clip_coef=0.2 minus clip_coef=0.1 3 and 3 100 (\S+) (\S+)", out)[0])
+    assert -100 <= low < 100 < high <= 300
+    svg = (tmp_path / "a.svg").read_text()
+    assert "Hopper (3 seeds)" in svg
+    assert "clip_coef=0.2" in svg
+    assert plot.main([*paths, "--baseline", "clip_coef=0.2", "--out", str(tmp_path / "a.png")]) == 0
+    assert "Hopper clip_coef=0.1 minus clip_coef=0.2" in " ".join(capsys.readouterr().out.split())
+
+
+def test_plot_of_stored_results_and_of_runs_of_different_length(tmp_path, capsys):
+    fake_results(tmp_path, "base", ["default", "other"], ["Hopper"], (1, 2), lambda s, e, seed: 10 * seed)
+    assert plot.main([str(tmp_path / "base"), "--by", "setting", "--out", str(tmp_path / "b.png")]) == 0
+    assert "Hopper other 2 15.00 10.00 20.0" in " ".join(capsys.readouterr().out.split())
+    curves = [{"global_step": [10, 20, 30], "return": [None, 2, 3]}, {"global_step": [15, 25, 50], "return": [1, 2, 4.5]}]
+    assert plot.band(curves) | {"low": 0, "high": 0} == {
+        "steps": [20, 30],
+        "mean": [1.75, 2.75],
+        "low": 0,
+        "high": 0,
+        "seeds": 2,
+    }
+
+
+def test_plot_says_what_it_leaves_out_and_what_is_wrong(tmp_path, capsys):
+    first = write_setting(tmp_path / "a", "x", "Hopper", 1, 5.0)
+    again = write_setting(tmp_path / "b", "x", "Hopper", 1, 5.0)
+    cut = write_run(tmp_path / "c" / "x", steps=900, seed=2)
+    out = str(tmp_path / "x.png")
+    assert plot.main([str(first), str(again), str(cut), "--out", out]) == 0
+    err = capsys.readouterr().err
+    assert f"left out: {again} has the setting, task and seed of an earlier run" in err
+    assert f"not finished: {cut}, 900 of 1,050 steps" in err
+    for words, message in (
+        ([str(tmp_path / "none")], "none does not exist"),
+        ([str(first / "episodes.jsonl")], "no run directory and no result file"),
+        ([str(first), "--by", "nonsense"], "not all runs have an argument nonsense; they differ in: nothing"),
+        ([str(first), "--baseline", "nonsense"], "there is no setting nonsense; settings: all runs"),
+    ):
+        assert plot.main([*words, "--out", out]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(first), "--out", "plot.doc"])
