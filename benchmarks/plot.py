@@ -10,17 +10,14 @@ A path is a run directory, a result file (*.jsonl.gz), or a folder that holds so
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import stats
 from results import LOCAL, MACHINE, RunnerError, is_stopped_early, read_result, summarize
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 # The look of every plot in this repository: color, line, marker, face of the marker.
 STYLES = (
@@ -45,6 +42,21 @@ def number(x: float) -> str:
     return f"{x:.{digits}f}".replace("-0.00", "0.00")
 
 
+def brackets(low: float, high: float, form: Callable[[float], str] = number) -> str:
+    return f" [{form(low)}, {form(high)}]"
+
+
+def pyplot():
+    """matplotlib.pyplot with the look of this repository. It is imported late: a check of the plots does without it."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(LOOK)
+    return plt
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves
 
@@ -65,25 +77,26 @@ def band(curves: list[dict]) -> dict:
     return {"steps": steps, **{k: v.round(3).tolist() for k, v in rounded.items()}, "seeds": len(returns)}
 
 
-def draw_curves(data: dict):
+def draw_curves(data: dict, plt):
     """A panel for each task, a line and a band for each setting: {task: {setting: band(...)}}."""
     columns = min(4, len(data))
     rows = -(-len(data) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(max(3.1 * columns, 4.5), 2.6 * rows), squeeze=False)
     labels = list(dict.fromkeys(label for settings in data.values() for label in settings))
     lines: dict = {}
+    unit = 1e6 if max(c["steps"][-1] for settings in data.values() for c in settings.values()) > 4e5 else 1e3
     for axis, (env, settings) in zip(axes.flat, data.items(), strict=False):
         for label, curve in settings.items():
             i = labels.index(label)
             color, line, marker, face = STYLES[i % len(STYLES)]
-            million = np.array(curve["steps"]) / 1e6
-            every = max(len(million) // 8, 1)
+            steps = np.array(curve["steps"]) / unit
+            every = max(len(steps) // 8, 1)
             look: dict[str, Any] = {"color": color, "marker": marker, "mfc": face, "markevery": (i * every // 3, every)}
-            (lines[label],) = axis.plot(million, curve["mean"], line, **look)
-            axis.fill_between(million, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
+            (lines[label],) = axis.plot(steps, curve["mean"], line, **look)
+            axis.fill_between(steps, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
         seeds = sorted({curve["seeds"] for curve in settings.values()})
         axis.set_title(f"{env} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})")
-        axis.set_xlabel("million steps")
+        axis.set_xlabel("million steps" if unit == 1e6 else "thousand steps")
     for axis in axes.flat[len(data) :]:
         axis.axis("off")
     axes.flat[0].set_ylabel("return, last 100 episodes")
@@ -221,8 +234,7 @@ def main(argv: list[str]) -> int:
         data: dict = {}
         for (env, label), group in runs.groupby(["env", "label"], observed=True):
             data.setdefault(env, {})[label] = band(list(group["curve"]))
-        with mpl.rc_context(LOOK):
-            draw_curves(data).savefig(options.out, dpi=150)
+        draw_curves(data, pyplot()).savefig(options.out, dpi=150)
         print(f"\n{len(runs)} runs -> {options.out}")
     except (RunnerError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
+import figures  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
 import results as result_files  # noqa: E402
@@ -705,9 +706,9 @@ def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
     level = dict.fromkeys(suites.TABLE1, 50) | {"no clipping or penalty": -910}
     fake_results(tmp_path, "table1", level, suites.MUJOCO, (1, 2), lambda s, e, seed: level[s] + 10 * (seed - 1))
     fake_random(tmp_path, -40.0)
-    figure = report.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
+    figure = figures.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
     axis = figure.axes[0]
-    assert axis.get_ylim()[0] == report.TABLE1_BOTTOM
+    assert axis.get_ylim()[0] == figures.TABLE1_BOTTOM
     (text,) = axis.texts
     assert re.fullmatch(r" -8.65 \[-8.[67]\d, -8.[56]\d\]", text.get_text())  # (-905 + 40) / 100
     plt.close(figure)
@@ -738,7 +739,7 @@ def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):
     assert data["effects"] == {
         worse: {"mean": -0.2, "low": pytest.approx(-0.21, abs=0.01), "high": pytest.approx(-0.19, abs=0.01)}
     }
-    report.draw_plot(tmp_path / "details.svg", data, report.draw_details)
+    figures.draw_plot(tmp_path / "details.svg", data, figures.draw_details)
     text = (tmp_path / "details.svg").read_text()
     assert all(f"{env}: score of each run" in text for env in suites.DETAILS_TASKS)
     assert "effect, mean over the tasks" in text
