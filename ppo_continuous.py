@@ -51,6 +51,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import weakref
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -195,20 +196,15 @@ class Args:
             now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
             self.run_dir = f"runs/{Path(__file__).stem}__{env}__{self.seed}__{now}"
         if self.batch_size % self.num_minibatches:
-            raise UsageError(
-                f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = "
-                f"{self.num_minibatches}: change one of them"
-            )
+            sizes = f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = {self.num_minibatches}"
+            raise UsageError(f"{sizes}: change one of them")
         if self.norm_adv != "none" and (self.batch_size if self.norm_adv == "batch" else self.minibatch_size) < 2:
             raise UsageError(
-                f"norm_adv is {self.norm_adv} and would make the advantage of a single step 0: take larger minibatches "
-                "or --norm-adv none"
+                f"norm_adv {self.norm_adv} makes the advantage of a single step 0: take fewer minibatches, or none"
             )
         if self.num_iterations < 1:
-            raise UsageError(
-                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps = "
-                f"{self.batch_size} steps: raise it or shorten the rollout"
-            )
+            rollout = f"one rollout of num_envs * num_steps = {self.batch_size} steps"
+            raise UsageError(f"total_timesteps is {self.total_timesteps}, less than {rollout}: raise it or shorten the rollout")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
         gpus = torch.cuda.device_count()
@@ -514,7 +510,7 @@ class Runner:
         self.discounted_return, self.episode_return = np.zeros(N), np.zeros(N)
         self.episode_length = np.zeros(N, dtype=int)
 
-    def play(self, agent: Agent) -> Rollout:
+    def play(self, agent: Agent, iteration: int) -> Rollout:
         """T steps of each environment with the agent's policy."""
         args, T, N = self.args, self.args.num_steps, self.args.num_envs
         raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
@@ -537,7 +533,11 @@ class Runner:
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
             if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):
                 break
-        check_finite(args.env, t, observation=raw_obs[t + 1], normalized_observation=obs[t + 1], reward=rewards[t])
+        where = f"in iteration {iteration}"
+        check_finite(
+            f"{args.env} returned", f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1]
+        )
+        check_finite(f"{args.env} returned", f"{where}, step {t}", reward=rewards[t])
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
         rewards[~self.valid[:T]] = 0  # what an environment returns for a reset is no reward
         # as in baselines of 2017, once per rollout: the actions came from the previous statistics, the update and its old
@@ -546,7 +546,7 @@ class Runner:
             self.obs_rms.update(raw_obs[:T].reshape(T * N, -1))
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
-        check_finite(args.env, None, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        check_finite(f"{args.env} returned", where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
         return Rollout(obs, actions, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
@@ -638,7 +638,6 @@ def train(args: Args) -> dict:
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
     numpy_policy(agent)  # an edit that it does not follow stops here, before anything is written
-    (update,) = compile_all([make_update(agent, args)], args)
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
@@ -647,6 +646,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
     run.open(state_dict())
+    (update,) = compile_all([make_update(agent, args)], args)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):
@@ -656,7 +656,7 @@ def train(args: Args) -> dict:
 
             if restart:  # [ours: checkpoint_every] after every checkpoint, so that a resumed run ends with the same bits
                 runner.restart(iteration)
-            rollout = runner.play(agent)
+            rollout = runner.play(agent, iteration)
             batch = make_batch(agent, rollout, args)
             losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef), args)
 
@@ -705,12 +705,11 @@ def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: in
         )
 
 
-def check_finite(env: str, step: int | None, **arrays: np.ndarray):
-    """NonFiniteError with the name and the step of the first NaN or infinity in arrays (T, ...), or (...) of one step."""
+def check_finite(what: str, where: str, **arrays: np.ndarray):
+    """NonFiniteError with the name of the first array that has a NaN or an infinity."""
     for name, x in arrays.items():
         if not np.isfinite(x).all():
-            t = int(np.argwhere(~np.isfinite(x))[0, 0]) if step is None else step
-            raise NonFiniteError(f"{env} returned a non-finite {name.replace('_', ' ')} in step {t} of the rollout")
+            raise NonFiniteError(f"{what} a non-finite {name.replace('_', ' ')} {where}")
 
 
 class RunningMeanStd:
@@ -1014,7 +1013,7 @@ class Run:
         self.args, self.start_time = args, time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
-        self.dir, self.checkpoint, self.saved_step, self.lock_fd = Path(args.run_dir), None, 0, -1
+        self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
         if args.resume:
             self.dir = load_checkpoint(args.resume)[1].parent
             self.lock()
@@ -1022,9 +1021,10 @@ class Run:
 
     def lock(self):
         """One process at a time writes here. The lock is of the directory itself and dies with its process."""
-        self.lock_fd = os.open(self.dir, os.O_RDONLY)
+        directory = os.open(self.dir, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, directory)
         try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -1055,9 +1055,8 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
             if not set(os.listdir(self.dir)) <= own:
-                remedy = (
-                    f"--resume {shlex.quote(str(self.dir))} continues it, " if (self.dir / "checkpoint.pt").is_file() else ""
-                )
+                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+                remedy = f"--resume {name} continues it, " if resumable else ""
                 raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
@@ -1181,20 +1180,18 @@ class Run:
             "sps": self.steps_per_second(runner.global_step),
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
-        speed = f"{result['sps_with_startup']:.0f} steps/s with start-up"
-        if result["sps"]:
-            speed = f"{result['sps']:.0f} steps/s, {speed.replace(' steps/s', '')},"
+        score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
+        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
         print(
-            f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last {len(recent)} episodes "
-            f"after {runner.global_step:,} steps in {seconds:.0f} s, "
-            f"{speed} on {args.num_threads} thread(s)",
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
+            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
             self.wandb.finish()
-        os.close(self.lock_fd)
+        self.unlock()
         return result
 
 
@@ -1306,9 +1303,9 @@ def play_episodes(
                 problems.append(f"the video ends early: {error}")
                 frames = None
         action = policy(raw_obs)
-        check_finite(args.env, step, action=action)
+        check_finite(f"{args.env} leads to", f"in step {step} of the evaluation", action=action)
         raw_obs, reward, terminated, truncated, _ = envs.step(action)
-        check_finite(args.env, step, reward=reward[running])
+        check_finite(f"{args.env} returned", f"in step {step} of the evaluation", reward=reward[running])
         returns, lengths = returns + np.where(running, reward, 0), lengths + running
         cut_off = step + 1 == args.eval_steps
         for i in np.flatnonzero(running & (terminated | truncated | cut_off)):
@@ -1469,7 +1466,9 @@ def main():
         sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        print(f"{name}: {told[0] if told else 'interrupted; nothing is lost but what was going on'}", file=sys.stderr)
+        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+            told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
+        print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))
 
 
