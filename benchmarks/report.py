@@ -139,11 +139,10 @@ class Results:
         return np.array([self.random[e]["mean"] for e in envs]) if all(e in self.random for e in envs) else None
 
     def initial_means(self, suite: str, envs) -> np.ndarray | None:
-        """The earliest score that results hold, that of the first 1% of training: its median over all runs of a task."""
-        runs = self.of(suite)
-        first = [[curve["return"][0] for curve in runs["curve"][runs["env"] == env]] for env in envs]
-        known = [[x for x in scores if x is not None] for scores in first]
-        return np.array([np.median(scores) for scores in known]) if all(known) else None
+        """Mean returns of the policy before training: as printed, which normalizing once a batch leaves as it is, or as in base."""
+        setting = "all details" if suite == "table1-details" else "as printed"
+        scores = [self.scores("initial", setting, env, "return_over_training") for env in envs]
+        return np.array([x.mean() for x in scores]) if all(map(len, scores)) else None
 
     def footer(self, suite: str) -> str:
         """Where and with what the runs of a suite were made."""
