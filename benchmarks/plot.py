@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import stats
-from results import LOCAL, MACHINE, RunnerError, is_stopped_early, read_result, summarize
+from results import RunnerError, is_stopped_early, read_result, settings_of, summarize
 
 # The look of every plot in this repository: color, line, marker, face of the marker.
 STYLES = (
@@ -33,7 +33,6 @@ LOOK = {
     **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "legend.fontsize": 8, "legend.frameon": False},
     **{"lines.linewidth": 1.2, "lines.markersize": 4, "hatch.linewidth": 0.6, "svg.hashsalt": "ppo"},
 }
-NO_SETTING = LOCAL | MACHINE | {"env", "seed"}
 
 
 def number(x: float) -> str:
@@ -147,7 +146,7 @@ def read_runs(files: list[Path]) -> pd.DataFrame:
         if "num_steps" in args and is_stopped_early(args, final["global_step"]):
             print(f"not finished: {file}, {final['global_step']:,} of {args['total_timesteps']:,} steps", file=sys.stderr)
         keys = {"setting": header["setting"], "suite": header["suite"], "script": header["script"]}
-        keys |= {k: v for k, v in args.items() if k not in NO_SETTING}
+        keys |= {k: v for k, v in settings_of(args).items() if k != "env"}
         steps = final["global_step"]
         rows.append({"file": file, "env": header["env"], "seed": header["seed"], "keys": keys, "steps": steps})
         rows[-1] |= {"score": final["return"], "curve": curve}

@@ -24,7 +24,7 @@ import stats
 import suites
 from figures import ALL_ON, KL_TARGET
 from plot import brackets, number
-from results import MACHINE, RESULTS, RunnerError, is_stopped_early, read_result
+from results import RESULTS, RunnerError, differing, is_stopped_early, read_result
 
 HERE = Path(__file__).resolve().parent
 BASE = ("base", "default")
@@ -87,18 +87,19 @@ class Results:
             header, final, curve = read_result(file).values()
             if final["return"] is None:
                 raise RunnerError(f"{file} has no finished episode")
-            settings = {k: v for k, v in header["args"].items() if k != "seed" and k not in MACHINE}
             row = {k: header[k] for k in ("suite", "setting", "env", "seed")} | {k: final[k] for k in ("return", "seconds")}
             row |= {"return_over_training": final["return_over_training"], "steps": final["global_step"], "curve": curve}
-            rows.append(row | {"file": file, "settings": json.dumps(settings, sort_keys=True), "header": header})
+            rows.append(row | {"file": file, "args": header["args"], "header": header})
         columns = ["suite", "setting", "env", "seed"]
         self.runs = pd.DataFrame(rows, columns=list(rows[0]) if rows else [*columns, "curve", "header"]).sort_values(columns)
         self.groups = dict(iter(self.runs.groupby(columns[:3])))
         for group in self.groups.values():
-            for column, name in (("steps", "another number of steps"), ("settings", "other settings")):
-                other = group["file"][group[column] != group[column].iloc[0]]
-                if len(other):
-                    raise RunnerError(f"{other.iloc[0]} has {name} than the other seeds beside it")
+            first = group.iloc[0]
+            for run in group.itertuples():
+                if run.steps != first["steps"]:
+                    raise RunnerError(f"{run.file} has another number of steps than the other seeds beside it")
+                if differing(first["args"], run.args):
+                    raise RunnerError(f"{run.file} has other settings than the other seeds beside it")
         self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
         self.speed = {
             p.stem: [json.loads(line) for line in p.read_text().splitlines()]
@@ -139,7 +140,9 @@ class Results:
         return np.array([self.random[e]["mean"] for e in envs]) if all(e in self.random for e in envs) else None
 
     def initial_means(self, suite: str, envs) -> np.ndarray | None:
-        """Mean returns of the policy before training: as printed, which normalizing once a batch leaves as it is, or as in base."""
+        """Mean returns of the policy before training. As printed it is the same where observations are normalized once a batch:
+        their statistics begin at mean 0 and variance 1.
+        """
         setting = "all details" if suite == "table1-details" else "as printed"
         scores = [self.scores("initial", setting, env, "return_over_training") for env in envs]
         return np.array([x.mean() for x in scores]) if all(map(len, scores)) else None

@@ -145,6 +145,18 @@ def read_result(file: Path) -> dict[str, dict]:
     return {"header": header, "final": final, "curve": curve}
 
 
+def settings_of(args: dict) -> dict:
+    """Arguments that make a setting. Infinity, which newer logs write as a word, is a word in all."""
+    kept = {k: v for k, v in args.items() if k not in LOCAL | MACHINE | {"seed"}}
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
+
+
+def differing(first: dict, second: dict) -> list[str]:
+    """Names of the settings that two runs do not share, of those that both know: newer scripts have further ones."""
+    a, b = settings_of(first), settings_of(second)
+    return [k for k in sorted(a.keys() & b.keys()) if a[k] != b[k]]
+
+
 def result_file(results: Path, suite: str, name: str) -> Path:
     return results / suites.slug(suite) / f"{name}.jsonl.gz"
 
@@ -162,10 +174,10 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
         script = suites.load_script(Path(planned.script).stem)
         args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
         expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
-    other = [k for k in sorted(set(expected) & set(header["args"]) - LOCAL - MACHINE) if expected[k] != header["args"][k]]
+    other = differing(expected, header["args"])
     if other or header["script"] != Path(planned.script).name:
-        differing = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
-        raise RunnerError(f"{name} of the suite {suite} has other settings: {differing}")
+        text = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
+        raise RunnerError(f"{name} of the suite {suite} has other settings: {text}")
     return planned
 
 

@@ -159,6 +159,13 @@ def test_interval_against_all_resamples():
     assert low < 100 < high
 
 
+def test_wilson_interval():
+    assert stats.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
+    assert stats.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert stats.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)  # this and the next: Newcombe 1998, Table I
+    assert stats.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+
+
 def test_statistics_against_rliable():
     """What rliable itself printed for two sets of scores (tests/rliable.json): its requirements are heavier than ours."""
     stored = json.loads((REPO / "tests/rliable.json").read_text())
@@ -273,6 +280,55 @@ def test_every_stored_result_has_the_settings_of_its_suite():
     for header in headers:
         if header["suite"] in suites.SUITES:
             assert result_files.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
+
+
+# Made with a text of ppo_continuous.py that was edited before it was committed. They count until they are run again.
+NEVER_COMMITTED = {
+    ("table1", "clipping 0.3", env, 3)
+    for env in ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher")
+}
+STORED = sorted((REPO / "benchmarks/results").glob("*/*.jsonl.gz"))
+
+
+def identity(header):
+    return header["suite"], header["setting"], header["env"], header["seed"]
+
+
+def test_script_of_every_stored_result_is_in_the_history():
+    headers = [result_files.read_result(file)["header"] for file in STORED]
+    assert {identity(h) for h in headers if h["script_commit"] is None} <= NEVER_COMMITTED
+    git = ["git", "-C", str(REPO)]
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
+    if shallow.returncode or shallow.stdout.strip() != "false":
+        pytest.skip("no whole git history here")
+    texts = {(h["script_commit"], h["script"]): h["script_sha256"] for h in headers if h["script_commit"]}
+    for (commit, script), sha256 in texts.items():
+        path = f"benchmarks/{script}" if script == "baselines.py" else script
+        text = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, check=True).stdout
+        assert hashlib.sha256(text).hexdigest() == sha256, (commit, script)
+    assert len({(h["script_commit"], h["script"], h["script_sha256"]) for h in headers if h["script_commit"]}) == len(texts)
+
+
+def test_no_two_stored_results_are_identical():
+    seen = {}
+    for file in STORED:
+        result = result_files.read_result(file)
+        numbers = json.dumps([result["final"]["return_over_training"], result["curve"]["return"]])
+        assert numbers not in seen, (file.name, seen[numbers].name)
+        seen[numbers] = file
+    identities = [identity(result_files.read_result(file)["header"]) for file in STORED]
+    assert len(set(identities)) == len(identities)
+
+
+def test_stored_seeds_have_no_gap():
+    """A seed that is missing among those of one setting and task would be a finished run left out."""
+    seeds = {}
+    for file in STORED:
+        *key, seed = identity(result_files.read_result(file)["header"])
+        seeds.setdefault(tuple(key), []).append(seed)
+    for key, found in seeds.items():
+        assert sorted(found) == list(range(min(found), max(found) + 1)), key
+        assert min(found) == (4 if key[0] == "collapse" else 1), key
 
 
 def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path, capsys):
@@ -712,6 +768,45 @@ def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
     (text,) = axis.texts
     assert re.fullmatch(r" -8.65 \[-8.[67]\d, -8.[56]\d\]", text.get_text())  # (-905 + 40) / 100
     plt.close(figure)
+
+
+def test_modes_levels_and_collapse(tmp_path):
+    fake_random(tmp_path, 0.0)
+    fake_results(tmp_path, "base", ["default"], ["HalfCheetah"], range(1, 11), lambda s, e, seed: 4000 if seed > 8 else 1700)
+    fake_results(tmp_path, "table1-normalized", ["clipping 0.2"], ["Walker2d"], (1, 2), lambda s, e, seed: 3000 + seed)
+    none = "no clipping or penalty"
+    fake_results(tmp_path, "table1-normalized", [none], ["Walker2d"], (1, 2, 3), lambda s, e, seed: -100)
+    fake_results(tmp_path, "collapse", [none], ["Walker2d"], range(4, 11), lambda s, e, seed: 200 if seed == 4 else 1500)
+    r = report.Results(tmp_path)
+    assert "| above 2400 | 2 of 10, 20% [6%, 51%] | 4000 to 4000 |" in report.table_modes(r)
+    assert "| Walker2d-v4 | ~3460 | 3000 |  | 3002 [3001, 3002] |  | 0, 2, 0 |" in report.table_levels(r)
+    row = "| observations normalized | Walker2d-v4 | 3 of 10, 30% [11%, 60%] | 4 of 10, 40% [17%, 69%] | 1500 (-100 to 1500) |"
+    assert row in report.table_collapse(r)
+
+
+def test_distance_from_the_paper(tmp_path):
+    """Scores that are the paper's on the scale of 0 to 1 have distance 0; the zero point of the initial policy is another."""
+    paper = {row["setting"]: float(row["score"]) for row in report.Results(tmp_path).csv("table1.csv")}
+    top = max(paper.values())
+    fake_results(tmp_path, "table1", paper, suites.MUJOCO, (1, 2), lambda s, e, seed: 100 * paper[s] / top)
+    fake_random(tmp_path, 0.0)
+    off = np.array(list(paper.values())) * (1 / top - 1)
+    ten = off[[s != "no clipping or penalty" for s in paper]]
+    rms = [f"{np.sqrt(np.mean(x**2)):.2f}" for x in (off, ten)]
+    text = report.table_distance(report.Results(tmp_path))
+    assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
+    assert "| as printed | initial | best setting |  |  |  |  |" in text
+    fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
+    text = report.table_distance(report.Results(tmp_path))
+    assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
+
+
+def test_differences_are_given_with_their_runs(tmp_path):
+    fake_results(tmp_path, "base", ["default"], ["Hopper"], (1, 2), lambda s, e, seed: 100)
+    fake_results(tmp_path, "figure3", ["TRPO"], ["Hopper", "Swimmer"], (1, 2, 3), lambda s, e, seed: 130)
+    text = report.table_differences(report.Results(tmp_path))
+    assert "| TRPO minus PPO | Hopper | 3 and 2 | 30.0 [30.0, 30.0] |" in text
+    assert "Swimmer" not in text
 
 
 def test_effect_of_details(tmp_path):
