@@ -28,7 +28,7 @@ STYLES = (
     ("#b9770e", "-", "v", "#b9770e"),
     ("#1e8449", "--", "P", "white"),
 )
-LOOK = {
+LOOK: Any = {  # of matplotlib
     **{"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "legend.fontsize": 8, "legend.frameon": False},
     **{"lines.linewidth": 1.2, "lines.markersize": 4, "hatch.linewidth": 0.6, "svg.hashsalt": "ppo"},
@@ -69,7 +69,7 @@ def band(curves: list[dict]) -> dict:
     points = [[(s, r) for s, r in zip(c["global_step"], c["return"], strict=True) if r is not None] for c in curves]
     first = max(run[0][0] for run in points)
     steps = [step for step, _ in min(points, key=lambda run: run[-1][0]) if step >= first]
-    returns = np.array([np.interp(steps, *zip(*run, strict=True)) for run in points])  # (runs, points)
+    returns = np.array([np.interp(steps, [s for s, _ in run], [x for _, x in run]) for run in points])  # (runs, points)
     resampled = returns[np.random.default_rng(0).integers(len(returns), size=(2000, len(returns)))].mean(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     rounded = {"mean": returns.mean(axis=0), "low": low, "high": high}

@@ -188,11 +188,16 @@ def table_modes(r: Results) -> str:
 
 def table_published(r: Results) -> str:
     reference = r.csv("figure3.csv")
-    head = ["task", "ours, v4", "Stable-Baselines3, same settings, v4", *list(reference[0])[1:]]
+    head = ["task", "ours, v4", "Stable-Baselines3, same settings, v4", *list(reference[0])[1:], "outside our interval"]
     rows = []
     for row in reference:
         task, *published = row.values()
-        rows.append([task, r.cell(*BASE, task), r.cell("peer", "SB3 PPO", task), *published])
+        scores, outside = r.scores(*BASE, task), []
+        if len(scores) > 1:
+            low, high = stats.interval(scores)
+            values = {name: float(re.split("[±~]", text.lstrip("~"))[0]) for name, text in list(row.items())[1:] if text}
+            outside = [name.split(" (")[0] for name, value in values.items() if not low <= value <= high]
+        rows.append([task, r.cell(*BASE, task), r.cell("peer", "SB3 PPO", task), *published, ", ".join(outside)])
     return markdown(head, rows)
 
 
@@ -464,6 +469,42 @@ def table_games_won(r: Results) -> str:
     rows.append(["ours against the paper's A2C and ACER", *ours, human])
     head = ["last 100 episodes", "A2C", "ACER", "PPO", "tie", "games", "human-normalized median of PPO"]
     return markdown(head, rows)
+
+
+def table_measured(r: Results) -> str:
+    """What the README says of all this: sentences whose numbers are those of the tables."""
+    lines, page = [], "benchmarks/RESULTS.md"
+    cheetah, low = r.scores(*BASE, "HalfCheetah").ravel(), r.random_means(["Reacher"])
+    if len(cheetah):
+        above = share(int((cheetah >= MODES).sum()), len(cheetah))
+        lines.append(f"HalfCheetah has [two kinds of runs]({page}#two-kinds-of-runs-on-halfcheetah) with nothing changed:")
+        lines[-1] += f" {above}, end above {MODES:.0f}."
+    for suite, name in list(CONFIGURATIONS.items())[:2]:
+        if scores := table1_scores(r, suite, "run"):
+            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}: clipping 0.2 scores")
+            lines[-1] += f" {with_interval(scores['clipping 0.2'])} (paper: 0.82), no clipping or penalty"
+            lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (paper: -0.39), {len(scores[NO_CLIPPING])} seeds."
+    levels = [(name, r.cell(suite, "clipping 0.2", "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
+    if any(cell for _, cell in levels):
+        lines.append("Walker2d in that table: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
+        lines[-1] += "; the paper's Figure 3 shows 3000 to 3460."
+    reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
+    if len(reacher) and low is not None:
+        below = share(int((reacher < low[0]).sum()), len(reacher))
+        lines.append(f"Without clipping or penalty, observations normalized, Reacher ends below the random policy in {below}.")
+    known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
+    if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
+        told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
+        lines.append("TRPO with tuned settings minus PPO: ")
+        lines[-1] += ", ".join(
+            f"{env} {difference(*xy)}, {len(xy[0])} against {len(xy[1])} runs" for env, xy in known.items() if told[env]
+        )
+        lines[-1] += (
+            f"; on {' and '.join(env for env in known if not told[env])} not told apart." if not all(told.values()) else "."
+        )
+    if cell := r.cell("atari-short", "bfloat16, larger updates", "Breakout"):
+        lines.append(f"Breakout after 1M steps on a CPU, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def table_random(r: Results) -> str:

@@ -448,6 +448,11 @@ def test_wandb_sweeps_name_flags_of_their_script(file):
     if not (REPO / config["program"]).is_file():
         pytest.skip(f"{config['program']} is not here yet")
     fields = importlib.import_module(file.stem).Args.__dataclass_fields__
+    # every setting on the same tasks and seeds: a random search would compare settings on different ones
+    assert config["method"] == "grid"
+    assert len(config["parameters"]) == 3
+    assert len(config["parameters"]["seed"]["values"]) >= 3
+    assert len(config["parameters"]["env"]["values"]) >= 2
     for name, values in config["parameters"].items():
         assert name in fields, name
         for value in values.get("values", [values.get("value")]):
