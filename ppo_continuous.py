@@ -28,6 +28,7 @@ Map of this file, in the order in which it is read:
 # ///
 import argparse
 import contextlib
+import copy
 import ctypes
 import ctypes.util
 import dataclasses
@@ -260,6 +261,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, weight_init: str = "orthogonal", state_independent_std: bool = True):
         super().__init__()
+        self.obs_dim = obs_dim
 
         def mlp(out_dim: int, out_gain: float) -> nn.Sequential:
             return nn.Sequential(
@@ -296,11 +298,13 @@ def numpy_policy(agent: Agent):
     """Agent.policy in numpy, with the current parameters: obs (N, obs_dim) -> mean, standard deviation.
 
     Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
-    Agent.policy each time, so that an edit of one alone cannot act by another policy than the one that learns.
+    Agent.policy and Agent.forward each time, so that no edit lets another policy act than the one that learns.
     """
     activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layers: list[Any] = []
-    for module in agent.actor:
+    for module in agent.actor.modules():
+        if isinstance(module, nn.Sequential):
+            continue  # its parts follow
         if isinstance(module, nn.Linear):
             weight, bias = (x.detach().cpu().numpy() for x in (module.weight, module.bias))
             layers.append((np.ascontiguousarray(weight.T), bias))
@@ -318,22 +322,41 @@ def numpy_policy(agent: Agent):
         mean, state_log_std = np.split(obs, 2, axis=1)
         return mean, np.exp(state_log_std)
 
-    first = next(module for module in agent.actor if isinstance(module, nn.Linear))
-    check_copy(policy, agent.policy, first.in_features, first.weight.device)
+    def acting(obs: np.ndarray):  # mean, standard deviation, log-density at the mean: as the rollout samples
+        mean, std = policy(obs)
+        return mean, std, -np.log(np.broadcast_to(std, mean.shape) * math.sqrt(2 * math.pi)).sum(1)
+
+    def learning(obs: torch.Tensor):  # the same, as the update computes it
+        mean, std = agent.policy(obs)
+        return mean, std, agent(obs, mean).logprob
+
+    check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
 
 
-def check_copy(copy, original, obs_dim: int, device: torch.device):
-    """Compares the numpy copy of a network with Agent.policy on a few observations."""
+def check_copy(acting, learning, obs_dim: int, device: torch.device):
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
     probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
-    with torch.no_grad():
-        expected = [x.cpu().numpy() for x in original(torch.as_tensor(probe, device=device))]
-    for ours, theirs in zip(copy(probe), expected, strict=True):
-        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise UsageError(
-                "numpy_policy computes another policy than Agent.policy: change it in the same way, because it acts in the "
-                "rollout and Agent.policy learns"
-            )
+    try:
+        with torch.no_grad():
+            expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
+        pairs = list(zip(acting(probe), expected, strict=True))
+        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4) or not np.isfinite(b).all() for a, b in pairs)
+    except (ValueError, RuntimeError):  # shapes that do not fit
+        same = False
+    if not same:
+        raise UsageError(
+            "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
+            "learn: change it in the same way"
+        )
+
+
+def perturbed(agent: Agent) -> Agent:
+    """A copy with other parameters: at first many are near 0, where two different policies look alike."""
+    other = copy.deepcopy(agent)
+    for parameter in other.parameters():
+        parameter.data += 0.3 * torch.arange(1, parameter.numel() + 1, device=parameter.device).sin().view_as(parameter)
+    return other
 
 
 def compute_gae(
@@ -637,7 +660,7 @@ def train(args: Args) -> dict:
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    numpy_policy(agent)  # an edit that it does not follow stops here, before anything is written
+    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
@@ -1199,12 +1222,14 @@ def load_wandb(args: Args) -> Any:
     """The module wandb, after checking what can be checked before a run exists."""
     import wandb
 
-    try:
-        mode: Any = os.environ.get("WANDB_MODE", "online")
-        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
     if mode == "online" and not wandb.login(prompt=False):
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
