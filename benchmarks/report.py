@@ -8,9 +8,7 @@ was not run stays empty. Intervals are 95% stratified bootstrap intervals over s
 """
 
 import argparse
-import csv
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -24,12 +22,13 @@ import stats
 import suites
 from figures import ALL_ON, KL_TARGET
 from plot import brackets, number
-from results import RESULTS, RunnerError, differing, is_stopped_early, read_result
+from results import RESULTS, RunnerError, is_stopped_early
+from tables import Results, difference, markdown, seeds_text, share, with_extremes, with_interval
 
 HERE = Path(__file__).resolve().parent
 BASE = ("base", "default")
 ALGORITHMS = {"PPO": BASE, "TRPO": ("figure3", "TRPO"), "A2C": ("figure3", "A2C")}
-NO_CLIPPING = "no clipping or penalty"
+NO_CLIPPING, CLIP_02 = "no clipping or penalty", "clipping 0.2"
 CONFIGURATIONS = {
     "table1": "as printed",
     "table1-normalized": "observations normalized",
@@ -38,130 +37,6 @@ CONFIGURATIONS = {
 KL_SETTING = "adaptive KL 0.01"
 ATARI_LABELS = {s: "float32" if s == "default" else s for _, s, *_ in suites.ATARI_SHORT}
 MODES = 2400.0  # return that parts the two kinds of runs on HalfCheetah
-
-
-def with_interval(scores: np.ndarray, aggregate=stats.mean) -> str:
-    """aggregate(scores) and its interval, for scores (runs, tasks)."""
-    text = number(float(aggregate(scores)))
-    return text if len(scores) == 1 else text + brackets(*stats.interval(scores, aggregate))
-
-
-def difference(x: np.ndarray, y: np.ndarray, form: Callable[[float], str] = number) -> str:
-    """Mean of x minus mean of y, for scores (runs, tasks), with its interval unless one of them is a single run."""
-    text = form(float(stats.mean(x) - stats.mean(y)))
-    return text + (brackets(*stats.difference_interval(x, y), form) if min(len(x), len(y)) > 1 else "")
-
-
-def share(count: int, runs: int) -> str:
-    """Share of runs and its 95% Wilson interval."""
-    return f"{count} of {runs}, {count / runs:.0%}" + brackets(*stats.wilson(count, runs), lambda x: f"{x:.0%}")
-
-
-def with_extremes(values: pd.Series, digits: int) -> str:
-    """Median [min, max] of alternations; empty where nothing was measured."""
-    form = f".{digits}f"
-    return f"{values.median():{form}} [{values.min():{form}}, {values.max():{form}}]" if values.notna().any() else ""
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def seeds_text(seeds) -> str:
-    seeds = sorted(set(seeds))
-    if len(seeds) > 5 and seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds))
-
-
-class Results:
-    """All that is in results/ and reference/.
-
-    runs: one row a run; groups: (suite, setting, env) -> its rows by ascending seed.
-    """
-
-    def __init__(self, folder: Path):
-        rows = []
-        for file in sorted(folder.glob("*/*.jsonl.gz")):
-            header, final, curve = read_result(file).values()
-            if final["return"] is None:
-                raise RunnerError(f"{file} has no finished episode")
-            row = {k: header[k] for k in ("suite", "setting", "env", "seed")} | {k: final[k] for k in ("return", "seconds")}
-            row |= {"return_over_training": final["return_over_training"], "steps": final["global_step"], "curve": curve}
-            rows.append(row | {"file": file, "args": header["args"], "header": header})
-        columns = ["suite", "setting", "env", "seed"]
-        self.runs = pd.DataFrame(rows, columns=list(rows[0]) if rows else [*columns, "curve", "header"]).sort_values(columns)
-        self.groups = dict(iter(self.runs.groupby(columns[:3])))
-        for group in self.groups.values():
-            first = group.iloc[0]
-            for run in group.itertuples():
-                if run.steps != first["steps"]:
-                    raise RunnerError(f"{run.file} has another number of steps than the other seeds beside it")
-                if differing(first["args"], run.args):
-                    raise RunnerError(f"{run.file} has other settings than the other seeds beside it")
-        self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
-        self.speed = {
-            p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-            for p in sorted((folder / "speed").glob("*.jsonl"))
-        }
-
-    def csv(self, name: str) -> list[dict[str, str]]:
-        with open(HERE / "reference" / name, newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
-
-    def of(self, suite: str) -> pd.DataFrame:
-        return self.runs[self.runs["suite"] == suite]
-
-    def seeds(self, suite: str, setting: str, env: str) -> list[int]:
-        return list(self.groups[suite, setting, env]["seed"]) if (suite, setting, env) in self.groups else []
-
-    def scores(self, suite: str, setting: str, env: str, key: str = "return") -> np.ndarray:
-        """Scores (runs, 1) of one setting on one task, by ascending seed; (0, 1) if nothing was run."""
-        group = self.groups.get((suite, setting, env))
-        return np.empty((0, 1)) if group is None else group[key].to_numpy(float).reshape(-1, 1)
-
-    def cell(self, suite: str, setting: str, env: str, key: str = "return") -> str:
-        scores = self.scores(suite, setting, env, key)
-        return with_interval(scores) if len(scores) else ""
-
-    def complete_seeds(self, suite: str, setting: str, envs) -> list[int]:
-        """Seeds that were run on all of these tasks."""
-        return sorted(set.intersection(*(set(self.seeds(suite, setting, env)) for env in envs)))
-
-    def matrix(self, suite: str, setting: str, envs, seeds: list[int] | None = None) -> np.ndarray:
-        """Scores (seeds, tasks), by default of the complete seeds."""
-        seeds = self.complete_seeds(suite, setting, envs) if seeds is None else seeds
-        if not seeds:
-            return np.empty((0, len(envs)))
-        return np.array([self.groups[suite, setting, env].set_index("seed")["return"][seeds] for env in envs]).T
-
-    def random_means(self, envs) -> np.ndarray | None:
-        return np.array([self.random[e]["mean"] for e in envs]) if all(e in self.random for e in envs) else None
-
-    def initial_means(self, suite: str, envs) -> np.ndarray | None:
-        """Mean returns of the policy before training. As printed it is the same where observations are normalized once a batch:
-        their statistics begin at mean 0 and variance 1.
-        """
-        setting = "all details" if suite == "table1-details" else "as printed"
-        scores = [self.scores("initial", setting, env, "return_over_training") for env in envs]
-        return np.array([x.mean() for x in scores]) if all(map(len, scores)) else None
-
-    def footer(self, suite: str) -> str:
-        """Where and with what the runs of a suite were made."""
-        headers = pd.DataFrame(list(self.of(suite)["header"]))
-        if not len(headers):
-            return "\nNothing was run yet.\n"
-        machines = sorted({f"{h.gpu}, {h.cpu}" if h.gpu else h.cpu for h in headers.itertuples()})
-        versions = sorted({f"{name} {version}" for versions in headers["versions"] for name, version in versions.items()})
-        scripts = []
-        for name, commits in headers.groupby("script")["script_commit"]:
-            known = ", ".join(sorted(commit[:10] for commit in commits.dropna().unique()))
-            scripts.append(f"{name} at {known}" if known else name)
-            if commits.isna().any():
-                scripts[-1] += f" ({commits.isna().sum()} runs of a text that was never committed)"
-        parts = [f"{len(headers)} run{'s' if len(headers) > 1 else ''}", ", ".join(machines), ", ".join(versions), *scripts]
-        return "\n" + "; ".join(parts) + ".\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,31 +90,17 @@ def table_second_hand(r: Results) -> str:
     return markdown(["task", *(f"{name}, {which}" for name in ALGORITHMS for which in ("claimed", "ours"))], rows)
 
 
-# name, one setting, the setting that it is compared with, tasks
-COMPARISONS: list[tuple[str, tuple[str, str], tuple[str, str], tuple[str, ...]]] = [
+CARTPOLE, BREAKOUT, LARGER = ("CartPole-v1",), ("Breakout",), "bfloat16, larger updates"
+SHARED, SEPARATE = (("discrete", f"{kind}, unscaled rewards") for kind in ("shared", "separate"))
+COMPARISONS: list[tuple[str, tuple[str, str], tuple[str, str], tuple[str, ...]]] = [  # name, x, what x is compared with, tasks
     ("TRPO minus PPO", ALGORITHMS["TRPO"], BASE, suites.MUJOCO),
     ("A2C minus PPO", ALGORITHMS["A2C"], BASE, suites.MUJOCO),
     ("adaptive KL 0.01 minus clipping, all details", ("table1-details", KL_SETTING), BASE, suites.MUJOCO),
-    (
-        "observations normalized minus as printed, clipping 0.2",
-        ("table1-normalized", "clipping 0.2"),
-        ("table1", "clipping 0.2"),
-        suites.MUJOCO,
-    ),
-    (
-        "LSTM minus none, velocities hidden",
-        ("discrete", "no velocities, LSTM"),
-        ("discrete", "no velocities"),
-        ("CartPole-v1",),
-    ),
-    (
-        "shared minus separate networks, unscaled rewards",
-        ("discrete", "shared, unscaled rewards"),
-        ("discrete", "separate, unscaled rewards"),
-        ("CartPole-v1",),
-    ),
-    ("bfloat16 minus float32", ("atari-short", "bfloat16"), ("atari-short", "default"), ("Breakout",)),
-    ("larger updates minus defaults", ("atari-short", "bfloat16, larger updates"), ("atari-short", "bfloat16"), ("Breakout",)),
+    ("clipping 0.2, normalized minus as printed", ("table1-normalized", CLIP_02), ("table1", CLIP_02), suites.MUJOCO),
+    ("LSTM minus none, no velocities", ("discrete", "no velocities, LSTM"), ("discrete", "no velocities"), CARTPOLE),
+    ("shared minus separate, unscaled rewards", SHARED, SEPARATE, CARTPOLE),
+    ("bfloat16 minus float32", ("atari-short", "bfloat16"), ("atari-short", "default"), BREAKOUT),
+    ("larger updates minus defaults", ("atari-short", LARGER), ("atari-short", "bfloat16"), BREAKOUT),
 ]
 
 
@@ -287,7 +148,7 @@ def table1(r: Results, suite: str) -> str:
         s, cells = row["setting"], [""] * 3
         if by_run:
             cells = [with_interval(by_run[s]), with_interval(by_setting[s]), with_interval(by_run[s], stats.iqm)]
-        compared = difference(by_run[s], by_run["clipping 0.2"], "{:+.2f}".format) if by_run and s != "clipping 0.2" else ""
+        compared = difference(by_run[s], by_run[CLIP_02], "{:+.2f}".format) if by_run and s != CLIP_02 else ""
         rows.append([s, row["score"], *cells, seeds_text(r.complete_seeds(suite, s, suites.MUJOCO)), compared])
     head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "whole seeds run"]
     text = markdown([*head, "minus clipping 0.2, best run = 1"], rows)
@@ -312,7 +173,7 @@ def table_table1_details(r: Results) -> str:
 def table_levels(r: Results) -> str:
     """Clipping 0.2 on each task beside the paper's Figure 3, which is of the same setting."""
     other = {x["env"]: x["mean"] for x in r.csv("mujoco_ppo_published.csv") if x["source"].endswith("read by 37-details blog")}
-    keys = [*((suite, "clipping 0.2") for suite in ("table1", "table1-normalized")), BASE]
+    keys = [*((suite, CLIP_02) for suite in ("table1", "table1-normalized")), BASE]
     rows = []
     for row in r.csv("figure3.csv"):
         ours = [r.cell(*key, row["task"]) for key in keys]
@@ -353,7 +214,7 @@ def table_collapse(r: Results) -> str:
     for suites_of, name in ((("table1",), "as printed"), (("table1-normalized", "collapse"), "observations normalized")):
         for env in suites.MUJOCO:
             scores = np.concatenate([r.scores(suite, NO_CLIPPING, env) for suite in suites_of]).ravel()
-            learned, low = r.scores(suites_of[0], "clipping 0.2", env), r.random_means([env])
+            learned, low = r.scores(suites_of[0], CLIP_02, env), r.random_means([env])
             cells = [""] * 3
             if len(scores) and low is not None:
                 cells = [share(int((scores < low).sum()), len(scores)), "", number(float(np.median(scores)))]
@@ -482,9 +343,9 @@ def table_measured(r: Results) -> str:
     for suite, name in list(CONFIGURATIONS.items())[:2]:
         if scores := table1_scores(r, suite, "run"):
             lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}: clipping 0.2 scores")
-            lines[-1] += f" {with_interval(scores['clipping 0.2'])} (paper: 0.82), no clipping or penalty"
+            lines[-1] += f" {with_interval(scores[CLIP_02])} (paper: 0.82), no clipping or penalty"
             lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (paper: -0.39), {len(scores[NO_CLIPPING])} seeds."
-    levels = [(name, r.cell(suite, "clipping 0.2", "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
+    levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
     if any(cell for _, cell in levels):
         lines.append("Walker2d in that table: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
         lines[-1] += "; the paper's Figure 3 shows 3000 to 3460."
@@ -502,7 +363,7 @@ def table_measured(r: Results) -> str:
         lines[-1] += (
             f"; on {' and '.join(env for env in known if not told[env])} not told apart." if not all(told.values()) else "."
         )
-    if cell := r.cell("atari-short", "bfloat16, larger updates", "Breakout"):
+    if cell := r.cell("atari-short", LARGER, "Breakout"):
         lines.append(f"Breakout after 1M steps on a CPU, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
     return "".join(f"- {line}\n" for line in lines)
 

@@ -806,6 +806,31 @@ def test_distance_from_the_paper(tmp_path):
     assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
 
 
+def test_sentences_of_the_readme_follow_the_results(tmp_path):
+    assert report.table_measured(report.Results(tmp_path)) == ""
+    fake_random(tmp_path, -10.0)
+    fake_results(tmp_path, "base", ["default"], suites.MUJOCO, range(1, 11), lambda s, e, seed: 4000 if seed > 8 else 1700)
+    fake_results(
+        tmp_path, "figure3", ["TRPO"], ("Hopper", "Swimmer"), (1, 2, 3), lambda s, e, seed: 5000 * (e == "Hopper") + 2000
+    )
+    for suite in ("table1", "table1-normalized"):
+        fake_results(tmp_path, suite, suites.TABLE1, suites.MUJOCO, (1, 2), lambda s, e, seed: 90 if "0.2" in s else 50)
+    fake_results(tmp_path, "collapse", ["no clipping or penalty"], ["Reacher"], (4, 5), lambda s, e, seed: -100)
+    fake_results(tmp_path, "atari-short", ["bfloat16, larger updates"], ["Breakout"], (1, 2, 3), lambda s, e, seed: 30)
+    text = report.table_measured(report.Results(tmp_path))
+    for part in (
+        "2 of 10, 20% [6%, 51%], end above 2400.",
+        "as printed: clipping 0.2 scores 1.00 [1.00, 1.00] (paper: 0.82), no clipping or penalty 0.60 [0.60, 0.60] (paper: ",
+        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3 shows 3000 to 3460.",
+        "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
+        "Hopper 4840 [",
+        "3 against 10 runs; on Swimmer not told apart.",
+        "30.0 [30.0, 30.0], 3 seeds.",
+    ):
+        assert part in text
+    assert len(text.split()) <= 150
+
+
 def test_differences_are_given_with_their_runs(tmp_path):
     fake_results(tmp_path, "base", ["default"], ["Hopper"], (1, 2), lambda s, e, seed: 100)
     fake_results(tmp_path, "figure3", ["TRPO"], ["Hopper", "Swimmer"], (1, 2, 3), lambda s, e, seed: 130)
