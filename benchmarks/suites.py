@@ -195,7 +195,7 @@ def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seed
 
 def make_suite(name: str) -> list[Run]:
     """Runs of a stored suite."""
-    default = {"default": (CLIP, {})}
+    default: dict[str, tuple[str, dict[str, Any]]] = {"default": (CLIP, {})}
     if name == "base":  # HalfCheetah has two kinds of runs, so it gets more seeds
         return grid(name, default, MUJOCO, TEN) + grid(name, default, ["HalfCheetah"], THIRTY[10:])
     if name == "table1":
@@ -206,6 +206,9 @@ def make_suite(name: str) -> list[Run]:
         script, flags = TABLE1["no clipping or penalty"]
         setting = {"no clipping or penalty": (script, AS_PRINTED_NORMALIZED | flags)}
         return grid(name, setting, ["HalfCheetah", "Reacher"], TWENTY[3:])
+    if name == "initial":  # a single rollout: all of its episodes are those of the policy before training
+        one = {"num_steps": 20_000, "total_timesteps": 20_000, "update_epochs": 1, "compile": False}
+        return grid(name, {"as printed": (CLIP, AS_PRINTED | one), "all details": (CLIP, one)}, MUJOCO, SEEDS)
     if name == "table1-details":
         return grid(name, TABLE1, MUJOCO, SEEDS)
     if name == "figure3":  # PPO is the suite base
@@ -241,7 +244,7 @@ def make_suite(name: str) -> list[Run]:
 
 
 SUITES = (
-    *("base", "table1", "table1-normalized", "collapse", "table1-details", "figure3", "peer"),
+    *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
     *("discrete", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
 )
 
