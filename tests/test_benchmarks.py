@@ -930,13 +930,16 @@ def test_plot_of_a_sweep_of_two_settings(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "Hopper clip_coef=0.1 3 300 200 400 1,000" in out
     assert "Hopper clip_coef=0.2 3 400 300 500 1,000" in out
-    low, high = map(float, re.findall(r"Reacher clip_coef=0.2 minus clip_coef=0.1 3 and 3 100 (\S+) (\S+)", out)[0])
+    low, high = map(
+        float, re.findall(r"each setting minus clip_coef=0.1 .*Reacher clip_coef=0.2 3 and 3 100 (\S+) (\S+)", out)[0]
+    )
     assert -100 <= low < 100 < high <= 300
     svg = (tmp_path / "a.svg").read_text()
     assert "Hopper (3 seeds)" in svg
     assert "clip_coef=0.2" in svg
     assert plot.main([*paths, "--baseline", "clip_coef=0.2", "--out", str(tmp_path / "a.png")]) == 0
-    assert "Hopper clip_coef=0.1 minus clip_coef=0.2" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "each setting minus clip_coef=0.2 task setting n difference low high Hopper clip_coef=0.1 3 and 3 -100" in out
 
 
 def test_plot_of_stored_results_and_of_runs_of_different_length(tmp_path, capsys):
