@@ -103,6 +103,16 @@ DETAILS: dict[str, dict[str, Any]] = {
 }
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 
+# Networks shared or separate on MuJoCo: ppo_shared_params.py with the settings of ppo_continuous.py.
+BASE_SETTINGS: dict[str, Any] = {"total_timesteps": 1_000_000, "checkpoint_every": 50, "learning_rate": 3e-4, "num_envs": 1}
+BASE_SETTINGS |= {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "ent_coef": 0.0}
+BASE_SETTINGS |= {"norm_obs": "step", "clip_obs": 10.0, "clip_reward": 10.0}
+SHARED_MUJOCO: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared": ("ppo_shared_params.py", BASE_SETTINGS),
+    "separate": ("ppo_shared_params.py", BASE_SETTINGS | {"share_params": False}),
+}
+DM_CONTROL = ("CheetahRun-v1", "WalkerWalk-v1")
+
 FIVE = (1, 2, 3, 4, 5)
 HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
 LUNAR: dict[str, Any] = {"num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999, "gae_lambda": 0.98}
@@ -216,6 +226,10 @@ def make_suite(name: str) -> list[Run]:
             for seed in seeds
         ]
         return sorted(runs, key=lambda run: run.seed)
+    if name == "dm_control":
+        return grid(name, default, DM_CONTROL, SEEDS)
+    if name == "shared-mujoco":
+        return grid(name, SHARED_MUJOCO, DETAILS_TASKS, SEEDS)
     if name == "atari-short":
         return [
             Run(name, setting, "ppo_atari.py", game, seed, flags | {"total_timesteps": steps, "checkpoint_every": 200})
@@ -231,7 +245,7 @@ def make_suite(name: str) -> list[Run]:
 
 SUITES = (
     *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
-    *("discrete", "atari-short", "table6", "details"),
+    *("discrete", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
 )
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
