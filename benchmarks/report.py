@@ -356,15 +356,12 @@ def table_measured(r: Results) -> str:
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO with tuned settings minus PPO: ")
-        lines[-1] += ", ".join(
-            f"{env} {difference(*xy)}, {len(xy[0])} against {len(xy[1])} runs" for env, xy in known.items() if told[env]
-        )
-        lines[-1] += (
-            f"; on {' and '.join(env for env in known if not told[env])} not told apart." if not all(told.values()) else "."
-        )
+        lines.append("TRPO, tuned, minus PPO: ")
+        clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
+        open_ = [env for env in known if not told[env]]
+        lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
     if cell := r.cell("atari-short", LARGER, "Breakout"):
-        lines.append(f"Breakout after 1M steps on a CPU, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
+        lines.append(f"Breakout, 1M steps, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -824,7 +824,7 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
         "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3 shows 3000 to 3460.",
         "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
-        "3 against 10 runs; on Swimmer not told apart.",
+        " (n 3, 10); not known on Swimmer.",
         "30.0 [30.0, 30.0], 3 seeds.",
     ):
         assert part in text

@@ -66,10 +66,16 @@ def named(command: Command) -> str:
 
 def parse_benchmark(command: Command, monkeypatch):
     """Runs a script of benchmarks/ up to its parsed arguments. Packages that only a real run needs may be missing."""
-    original = argparse.ArgumentParser.parse_args
+    parsers = {name: getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
 
     def parse_args(self, args=None, namespace=None):
-        raise Parsed(self, original(self, args, namespace))
+        with monkeypatch.context() as patch:  # it calls parse_known_args itself
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parsers["parse_known_args"])
+            raise Parsed(self, parsers["parse_args"](self, args, namespace))
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, _ = parsers["parse_known_args"](self, args, namespace)
+        raise Parsed(self, known)
 
     class Missing(types.ModuleType):
         __path__: list[str] = []  # noqa: RUF012
@@ -80,6 +86,7 @@ def parse_benchmark(command: Command, monkeypatch):
             return type(name, (), {})
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", [command.script, *command.words])
     for _ in range(20):
