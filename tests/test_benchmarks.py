@@ -801,6 +801,7 @@ def test_distance_from_the_paper(tmp_path):
     text = report.table_distance(report.Results(tmp_path))
     assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
     assert "| as printed | initial | best setting |  |  |  |  |" in text
+    assert f"Nearest over the eleven rows: as printed, uniform policy 0, best run 1 ({rms[0]})." in text
     fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
     text = report.table_distance(report.Results(tmp_path))
     assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
