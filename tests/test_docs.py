@@ -167,6 +167,24 @@ def test_flags_in_documents_exist(document, capsys):
             assert any(accepts(script, words) for script in linked), f"{document}: {' '.join(words)} in: {line[:100]}"
 
 
+def anchor(heading: str) -> str:
+    """The name that a heading gets in a link."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS[:4], "CONTRIBUTING.md", "benchmarks/LOG.md", "benchmarks/reference/README.md"])
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        name, _, place = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), f"{document}: {link}"
+        if place and target.suffix == ".md":
+            headings = [anchor(heading) for heading in re.findall(r"^#+ (.*)$", target.read_text(), re.M)]
+            assert place in headings, f"{document}: {link}"
+
+
 def without(words: list[str], flags: set[str]) -> list[str]:
     """Words of a command line without these flags and their values."""
     kept, skipping = [], False
