@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
             print(f"\neach setting minus {baseline}\n" + difference_table(runs, baseline).to_string(index=False))
         if (counts := runs.groupby(["env", "label"], observed=True).size()).min() < 5:
             print(f"\nthe smallest n is {counts.min()}: below 5 intervals are too narrow (benchmarks/README.md, Protocol)")
-        print(f"\n{len(runs)} runs -> {options.out}")
+        print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} -> {options.out}")
     except (RunnerError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
