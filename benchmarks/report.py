@@ -261,6 +261,26 @@ def table_discrete(r: Results) -> str:
     return markdown(head, rows) + r.footer("discrete")
 
 
+def table_dm_control(r: Results) -> str:
+    rows = []
+    for env in suites.DM_CONTROL:
+        key = ("dm_control", "default", env)
+        rows.append([env, r.cell(*key), seeds_text(r.seeds(*key))])
+    return markdown(["task", "return, last 100 episodes", "seeds"], rows) + r.footer("dm_control")
+
+
+def table_shared_mujoco(r: Results) -> str:
+    """Both from ppo_shared_params.py."""
+    rows = []
+    for env in suites.DETAILS_TASKS:
+        shared, separate = (r.scores("shared-mujoco", setting, env) for setting in suites.SHARED_MUJOCO)
+        cells = [with_interval(x) if len(x) else "" for x in (shared, separate)]
+        gap = difference(shared, separate) if len(shared) and len(separate) else ""
+        rows.append([f"{env}-v4", *cells, gap, f"{len(shared)} and {len(separate)}"])
+    head = ["task", "shared", "separate", "shared minus separate [95% interval]", "runs"]
+    return markdown(head, rows) + r.footer("shared-mujoco")
+
+
 def detail_scores(r: Results, envs) -> dict[str, np.ndarray]:
     """Scores (seeds, tasks) with all details on and with one off, where the random policy is 0 and all on is 1.
 
