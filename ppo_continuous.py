@@ -1149,7 +1149,8 @@ class Run:
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {episodic_return:.1f}")
         total, now = self.args.num_iterations * self.args.batch_size, time.perf_counter()
-        if self.bar.disable and (now - self.told_time > 30 or step == total):
+        due = now - self.told_time > 30 and step > self.warm_step  # the first iteration compiles: no speed yet
+        if self.bar.disable and (due or step == total):
             self.told_time, rate = now, self.steps_per_second(step) or (step - self.first_step) / (now - self.start_time)
             left = tqdm.tqdm.format_interval((total - step) / rate)
             done = f"{step:,} of {total:,} steps ({step / total:.0%})"
