@@ -1653,7 +1653,7 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None):
     The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
     """
     checkpoint, file = load_checkpoint(path)
-    args = load_args(checkpoint, file)
+    args = load_args(checkpoint, file, device="cpu")
     envs, *_ = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()
