@@ -648,17 +648,20 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
     return losses | {"explained_variance": explained_variance(batch)}, len(infos) // args.num_minibatches
 
 
+def make_agent(args: Args, spaces: "Spaces") -> Agent:
+    return Agent(spaces.obs_dim, spaces.action.low.size, args.weight_init, args.state_independent_std)
+
+
 def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 episodes), ..."""
     run = Run(args)
     runner = Runner(args)
-    agent = Agent(runner.spaces.obs_dim, runner.spaces.action.low.size, args.weight_init, args.state_independent_std).to(
-        args.device
-    )
+    agent = make_agent(args, runner.spaces)
+    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
+    agent.to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
@@ -1264,7 +1267,7 @@ def log_evaluation(wandb: Any, result: dict):
 
 def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Generator | None = None):
     """A trained policy: raw observations of N environments -> actions (N, ...), the likeliest or sampled by rng."""
-    agent = Agent(spaces.obs_dim, spaces.action.low.size, args.weight_init, args.state_independent_std)
+    agent = make_agent(args, spaces)
     obs_rms = RunningMeanStd((spaces.obs_dim,))
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
     check_checkpoint(checkpoint, {"theta": theta, "obs_rms": obs_rms.state_dict()}, spaces)

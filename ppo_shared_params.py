@@ -885,11 +885,12 @@ def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 episodes), ..."""
     run = Run(args)
     runner = Runner(args)
-    agent = make_agent(args, runner.spaces).to(args.device)
+    agent = make_agent(args, runner.spaces)
+    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
+    agent.to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
