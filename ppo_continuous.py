@@ -110,6 +110,7 @@ Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
+Steps = Annotated[int, ("be below 2**63", lambda x: x < 2**63)]
 Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
 Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
 OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
@@ -121,7 +122,7 @@ Fraction = Annotated[float, ("lie between 0 and 1", lambda x: 0 <= x <= 1)]
 class Args:
     env: str = "HalfCheetah"  # environment: a name (HalfCheetah means HalfCheetah-v4), an id, or my_module:MyEnv-v0
     seed: Seed = 1  # seed of networks, actions, minibatches and environments, at least 0
-    total_timesteps: int = 1_000_000  # steps of all environments together, resets too; rounded down to whole rollouts
+    total_timesteps: Steps = 1_000_000  # steps of all environments together, resets too; rounded down to whole rollouts
     run_dir: str = ""  # directory of the run; empty: runs/<script>__<env>__<seed>__<time>
     # iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes
     checkpoint_every: Count = 50
@@ -842,7 +843,9 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
         try:
             envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", wrappers=(KeepInfo,), **options)
         except (ImportError, gymnasium.error.Error) as error:
-            raise UsageError(f"cannot make environment {name}: {error}") from error
+            newer = re.sub(r"-v[23]$", "-v4", env_id)
+            hint = f"; envpool has {newer}" if newer in envpool.list_all_envs() else ""
+            raise UsageError(f"cannot make environment {name}: {error}{hint}") from error
         except TypeError as error:
             if not render:
                 raise
@@ -978,7 +981,9 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
         if saved.is_floating_point() and not saved.isfinite().all():
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
-    elif not isinstance(saved, float | int if isinstance(expected, float) else type(expected)):
+    elif (isinstance(expected, list) and isinstance(saved, list) and not all(isinstance(x, float | int) for x in saved)) or (
+        not isinstance(saved, float | int if isinstance(expected, float) else type(expected))
+    ):
         raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
@@ -1059,7 +1064,7 @@ class Run:
         self.spaces, saved = spaces, self.checkpoint
         if saved is None:
             return 0
-        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {}}, spaces)
+        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
         if self.args.total_timesteps < saved["global_step"]:
             raise UsageError(
                 f"total_timesteps is {self.args.total_timesteps}, but the run has done {saved['global_step']}: raise it"
@@ -1075,6 +1080,7 @@ class Run:
     def make_directory(self):
         """A new directory, or one in which a run was killed before its first checkpoint."""
         own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
+        made = not self.dir.exists()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1085,6 +1091,8 @@ class Run:
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
         except OSError as error:
+            if made:
+                shutil.rmtree(self.dir, ignore_errors=True)
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
     def open(self, state: dict):
@@ -1380,6 +1388,7 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
 # flags that people bring from CleanRL: what they are here, or why there is none
 FOREIGN_FLAGS: dict[str, Any] = {
     "--env-id": ["--env"],
+    "--gym-id": ["--env"],
     "--cuda": ["--device", "cuda" if torch.cuda.is_available() else "cpu"],
     "--no-cuda": ["--device", "cpu"],
     "--no-norm-adv": ["--norm-adv", "none"],
@@ -1477,6 +1486,8 @@ def main():
     for stream in ("stdout", "stderr"):  # closed by >&-
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))
+        elif isinstance(getattr(sys, stream), io.TextIOWrapper):  # a path may have letters that a terminal has not
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
         args, checkpoint = parse_args(sys.argv[1:])
         evaluation = evaluate(args, checkpoint) if checkpoint and args.evaluate else train(args)["evaluation"]
