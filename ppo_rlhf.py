@@ -805,7 +805,7 @@ def make_agent(args: Args, models: "Models") -> Agent:
     if args.head_init == "original":  # [rlhf 11]
         nn.init.zeros_(agent.value_head.weight)
         nn.init.zeros_(agent.value_head.bias)
-    return agent.to(args.device)
+    return agent.to(args.device).requires_grad_(True)
 
 
 def begin_value(agent: Agent, models: "Models", runner: Runner):
@@ -897,11 +897,15 @@ CONTEXT = 128  # tokens that the GPT reads
 
 
 def progress(items, name: str) -> Iterator:
-    """The items, with a progress bar on a terminal and a line without one."""
+    """The items, with a progress bar on a terminal and a line every half minute without one."""
+    told = start = time.perf_counter()
     with tqdm.tqdm(items, desc=name, disable=None) as bar:
-        if bar.disable:
-            say(f"{name}: {len(items)} steps")
-        yield from bar
+        for done, item in enumerate(bar):
+            if bar.disable and (done == 0 or time.perf_counter() - told > 30):
+                told = time.perf_counter()
+                left = f", {tqdm.tqdm.format_interval((told - start) / done * (len(items) - done))} left" if done else ""
+                say(f"{name}: {done:,} of {len(items):,} steps{left}")
+            yield item
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def texts(tmp_path_factory, monkeypatch):
         words = rng.choices(GOOD + BAD, k=4)
         votes = sum(1 if word in GOOD else -1 for word in words)
         lines.append(f"{votes},{votes + 1},{votes - 1}\tthe film is {' and '.join(words)} to me")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path_factory.getbasetemp()))])
     Path("texts.tsv").write_text("\n".join(lines) + "\n")
     Path("words.py").write_text("def score(prompts, responses):\n    return [response.count('o') for response in responses]\n")
 
@@ -153,16 +154,11 @@ def test_rlhf_16_rlhf_18_a_response_ends_at_its_end_token():
 
 
 def test_rlhf_18_generation_stops_when_all_have_ended():
-    lm = random_lm()
-    lm.embedding.weight.data[EOS] *= 100  # the end token is certain, or impossible
-    agent = Agent(lm, 1.0)
-    rows = [
-        row
-        for row in ([0, i] for i in range(3, 30))
-        if lm.logits(lm.hidden(*ppo_rlhf.pad_rows([row], True)))[0, -1].argmax() == 1
-    ]
-    responses = ppo_rlhf.generate(agent, *ppo_rlhf.pad_rows(rows, True), torch.full((len(rows), 20), 0.5).double(), True)
-    assert responses.valid.shape[1] == 1
+    agent = Agent(random_lm(), 1.0)
+    agent.lm.logits = lambda hidden: 100.0 * torch.nn.functional.one_hot(torch.full(hidden.shape[:-1], EOS), 30)
+    prompts = ppo_rlhf.pad_rows([[0, 3], [0, 4, 5]], True)
+    assert ppo_rlhf.generate(agent, *prompts, torch.full((2, 20), 0.5).double(), True).valid.shape == (2, 1)
+    assert ppo_rlhf.generate(agent, *prompts, torch.full((2, 20), 0.5).double(), False).valid.shape == (2, 20)
 
 
 def test_rlhf_22_no_dropout():
@@ -456,21 +452,20 @@ def test_rlhf_25_rlhf_26_schedule():
 
 
 def test_rlhf_34_run_ends_at_a_kl():
-    ppo_rlhf.train(tiny(max_kl=1e-4, learning_rate=1e-2))
-    records = read_jsonl("run/metrics.jsonl")[1:]
-    assert len(records) < 4 and records[-1]["charts/kl"] > 1e-4
-    assert read_checkpoint("run")["iteration"] == len(records)
+    ppo_rlhf.train(tiny(max_kl=0.05, learning_rate=1e-2, total_timesteps=20 * 64))
+    *others, last = (record["charts/kl"] for record in read_jsonl("run/metrics.jsonl")[1:])
+    assert last > 0.05 and max(others) <= 0.05 and len(others) < 19
+    assert read_checkpoint("run")["iteration"] == len(others) + 1
 
 
 # the whole
 
 
 def test_learns_a_reward_function():
-    ppo_rlhf.train(
-        tiny(env="words:score", total_timesteps=40 * 16 * 8, num_envs=16, learning_rate=3e-3, kl_coef=0.01, update_epochs=4)
-    )
+    changes = {"total_timesteps": 20 * 16 * 8, "num_envs": 16, "learning_rate": 5e-3, "kl_coef": 0.01, "no_eos_score": None}
+    ppo_rlhf.train(tiny(env="words:score", eval_episodes=32, **changes))
     first, *_, last = read_jsonl("run/evaluations.jsonl")
-    assert last["score"] > first["score"] + 1
+    assert last["score"] > first["score"] + 0.7
 
 
 def test_run_directory_and_console(capsys, monkeypatch):
