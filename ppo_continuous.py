@@ -28,6 +28,7 @@ Map of this file, in the order in which it is read:
 # ///
 import argparse
 import contextlib
+import copy
 import ctypes
 import ctypes.util
 import dataclasses
@@ -51,6 +52,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import weakref
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -195,20 +197,15 @@ class Args:
             now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
             self.run_dir = f"runs/{Path(__file__).stem}__{env}__{self.seed}__{now}"
         if self.batch_size % self.num_minibatches:
-            raise UsageError(
-                f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = "
-                f"{self.num_minibatches}: change one of them"
-            )
+            sizes = f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = {self.num_minibatches}"
+            raise UsageError(f"{sizes}: change one of them")
         if self.norm_adv != "none" and (self.batch_size if self.norm_adv == "batch" else self.minibatch_size) < 2:
             raise UsageError(
-                f"norm_adv is {self.norm_adv} and would make the advantage of a single step 0: take larger minibatches "
-                "or --norm-adv none"
+                f"norm_adv {self.norm_adv} makes the advantage of a single step 0: take fewer minibatches, or none"
             )
         if self.num_iterations < 1:
-            raise UsageError(
-                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps = "
-                f"{self.batch_size} steps: raise it or shorten the rollout"
-            )
+            rollout = f"one rollout of num_envs * num_steps = {self.batch_size} steps"
+            raise UsageError(f"total_timesteps is {self.total_timesteps}, less than {rollout}: raise it or shorten the rollout")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
         gpus = torch.cuda.device_count()
@@ -264,6 +261,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, weight_init: str = "orthogonal", state_independent_std: bool = True):
         super().__init__()
+        self.obs_dim = obs_dim
 
         def mlp(out_dim: int, out_gain: float) -> nn.Sequential:
             return nn.Sequential(
@@ -300,11 +298,13 @@ def numpy_policy(agent: Agent):
     """Agent.policy in numpy, with the current parameters: obs (N, obs_dim) -> mean, standard deviation.
 
     Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
-    Agent.policy each time, so that an edit of one alone cannot act by another policy than the one that learns.
+    Agent.policy and Agent.forward each time, so that no edit lets another policy act than the one that learns.
     """
     activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layers: list[Any] = []
-    for module in agent.actor:
+    for module in agent.actor.modules():
+        if isinstance(module, nn.Sequential):
+            continue  # its parts follow
         if isinstance(module, nn.Linear):
             weight, bias = (x.detach().cpu().numpy() for x in (module.weight, module.bias))
             layers.append((np.ascontiguousarray(weight.T), bias))
@@ -322,22 +322,41 @@ def numpy_policy(agent: Agent):
         mean, state_log_std = np.split(obs, 2, axis=1)
         return mean, np.exp(state_log_std)
 
-    first = next(module for module in agent.actor if isinstance(module, nn.Linear))
-    check_copy(policy, agent.policy, first.in_features, first.weight.device)
+    def acting(obs: np.ndarray):  # mean, standard deviation, log-density at the mean: as the rollout samples
+        mean, std = policy(obs)
+        return mean, std, -np.log(np.broadcast_to(std, mean.shape) * math.sqrt(2 * math.pi)).sum(1)
+
+    def learning(obs: torch.Tensor):  # the same, as the update computes it
+        mean, std = agent.policy(obs)
+        return mean, std, agent(obs, mean).logprob
+
+    check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
 
 
-def check_copy(copy, original, obs_dim: int, device: torch.device):
-    """Compares the numpy copy of a network with Agent.policy on a few observations."""
+def check_copy(acting, learning, obs_dim: int, device: torch.device):
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
     probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
-    with torch.no_grad():
-        expected = [x.cpu().numpy() for x in original(torch.as_tensor(probe, device=device))]
-    for ours, theirs in zip(copy(probe), expected, strict=True):
-        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise UsageError(
-                "numpy_policy computes another policy than Agent.policy: change it in the same way, because it acts in the "
-                "rollout and Agent.policy learns"
-            )
+    try:
+        with torch.no_grad():
+            expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
+        pairs = list(zip(acting(probe), expected, strict=True))
+        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4) or not np.isfinite(b).all() for a, b in pairs)
+    except (ValueError, RuntimeError):  # shapes that do not fit
+        same = False
+    if not same:
+        raise UsageError(
+            "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
+            "learn: change it in the same way"
+        )
+
+
+def perturbed(agent: Agent) -> Agent:
+    """A copy with other parameters: at first many are near 0, where two different policies look alike."""
+    other = copy.deepcopy(agent)
+    for parameter in other.parameters():
+        parameter.data += 0.3 * torch.arange(1, parameter.numel() + 1, device=parameter.device).sin().view_as(parameter)
+    return other
 
 
 def compute_gae(
@@ -514,7 +533,7 @@ class Runner:
         self.discounted_return, self.episode_return = np.zeros(N), np.zeros(N)
         self.episode_length = np.zeros(N, dtype=int)
 
-    def play(self, agent: Agent) -> Rollout:
+    def play(self, agent: Agent, iteration: int) -> Rollout:
         """T steps of each environment with the agent's policy."""
         args, T, N = self.args, self.args.num_steps, self.args.num_envs
         raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
@@ -537,7 +556,11 @@ class Runner:
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
             if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):
                 break
-        check_finite(args.env, t, observation=raw_obs[t + 1], normalized_observation=obs[t + 1], reward=rewards[t])
+        where = f"in iteration {iteration}"
+        check_finite(
+            f"{args.env} returned", f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1]
+        )
+        check_finite(f"{args.env} returned", f"{where}, step {t}", reward=rewards[t])
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
         rewards[~self.valid[:T]] = 0  # what an environment returns for a reset is no reward
         # as in baselines of 2017, once per rollout: the actions came from the previous statistics, the update and its old
@@ -546,7 +569,7 @@ class Runner:
             self.obs_rms.update(raw_obs[:T].reshape(T * N, -1))
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
-        check_finite(args.env, None, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        check_finite(f"{args.env} returned", where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
         return Rollout(obs, actions, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
@@ -637,8 +660,7 @@ def train(args: Args) -> dict:
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    numpy_policy(agent)  # an edit that it does not follow stops here, before anything is written
-    (update,) = compile_all([make_update(agent, args)], args)
+    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
@@ -647,6 +669,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
     run.open(state_dict())
+    (update,) = compile_all([make_update(agent, args)], args)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):
@@ -656,7 +679,7 @@ def train(args: Args) -> dict:
 
             if restart:  # [ours: checkpoint_every] after every checkpoint, so that a resumed run ends with the same bits
                 runner.restart(iteration)
-            rollout = runner.play(agent)
+            rollout = runner.play(agent, iteration)
             batch = make_batch(agent, rollout, args)
             losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef), args)
 
@@ -705,12 +728,11 @@ def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: in
         )
 
 
-def check_finite(env: str, step: int | None, **arrays: np.ndarray):
-    """NonFiniteError with the name and the step of the first NaN or infinity in arrays (T, ...), or (...) of one step."""
+def check_finite(what: str, where: str, **arrays: np.ndarray):
+    """NonFiniteError with the name of the first array that has a NaN or an infinity."""
     for name, x in arrays.items():
         if not np.isfinite(x).all():
-            t = int(np.argwhere(~np.isfinite(x))[0, 0]) if step is None else step
-            raise NonFiniteError(f"{env} returned a non-finite {name.replace('_', ' ')} in step {t} of the rollout")
+            raise NonFiniteError(f"{what} a non-finite {name.replace('_', ' ')} {where}")
 
 
 class RunningMeanStd:
@@ -1014,7 +1036,7 @@ class Run:
         self.args, self.start_time = args, time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
-        self.dir, self.checkpoint, self.saved_step, self.lock_fd = Path(args.run_dir), None, 0, -1
+        self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
         if args.resume:
             self.dir = load_checkpoint(args.resume)[1].parent
             self.lock()
@@ -1022,9 +1044,10 @@ class Run:
 
     def lock(self):
         """One process at a time writes here. The lock is of the directory itself and dies with its process."""
-        self.lock_fd = os.open(self.dir, os.O_RDONLY)
+        directory = os.open(self.dir, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, directory)
         try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -1055,9 +1078,8 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
             if not set(os.listdir(self.dir)) <= own:
-                remedy = (
-                    f"--resume {shlex.quote(str(self.dir))} continues it, " if (self.dir / "checkpoint.pt").is_file() else ""
-                )
+                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+                remedy = f"--resume {name} continues it, " if resumable else ""
                 raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
@@ -1181,20 +1203,18 @@ class Run:
             "sps": self.steps_per_second(runner.global_step),
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
-        speed = f"{result['sps_with_startup']:.0f} steps/s with start-up"
-        if result["sps"]:
-            speed = f"{result['sps']:.0f} steps/s, {speed.replace(' steps/s', '')},"
+        score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
+        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
         print(
-            f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last {len(recent)} episodes "
-            f"after {runner.global_step:,} steps in {seconds:.0f} s, "
-            f"{speed} on {args.num_threads} thread(s)",
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
+            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
             self.wandb.finish()
-        os.close(self.lock_fd)
+        self.unlock()
         return result
 
 
@@ -1306,9 +1326,9 @@ def play_episodes(
                 problems.append(f"the video ends early: {error}")
                 frames = None
         action = policy(raw_obs)
-        check_finite(args.env, step, action=action)
+        check_finite(f"{args.env} leads to", f"in step {step} of the evaluation", action=action)
         raw_obs, reward, terminated, truncated, _ = envs.step(action)
-        check_finite(args.env, step, reward=reward[running])
+        check_finite(f"{args.env} returned", f"in step {step} of the evaluation", reward=reward[running])
         returns, lengths = returns + np.where(running, reward, 0), lengths + running
         cut_off = step + 1 == args.eval_steps
         for i in np.flatnonzero(running & (terminated | truncated | cut_off)):
@@ -1469,7 +1489,9 @@ def main():
         sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        print(f"{name}: {told[0] if told else 'interrupted; nothing is lost but what was going on'}", file=sys.stderr)
+        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+            told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
+        print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))
 
 

@@ -68,6 +68,26 @@ def equal(a, b) -> bool:
     return a == b
 
 
+def loss_inputs(script: Any, **columns: torch.Tensor) -> tuple[Any, Any]:
+    """new and old of ppo_loss, one row a sample, from their columns; what is not named is 0, or 1 for valid and std.
+
+    A field that both have is old_NAME in old: value is that of new, old_value that of old.
+    """
+    like = next(iter(columns.values()))
+
+    def fill(kind, prefix: str):
+        fields = {}
+        for field in kind._fields:
+            shape = (len(like), 1) if field in ("mean", "std") else (len(like),)
+            neutral = torch.full(shape, float(field in ("valid", "std")), dtype=like.dtype)
+            fields[field] = columns.pop(prefix + field if field in script.Output._fields else field, neutral)
+        return kind(**fields)
+
+    inputs = fill(script.Output, ""), fill(script.Batch, "old_")
+    assert not columns, f"neither Output nor Batch has {list(columns)}"
+    return inputs
+
+
 def run_script(*words, script: Path | str = SCRIPT, **env) -> subprocess.CompletedProcess:
     """python script words..., in the current directory, with the environment variables changed."""
     command = [sys.executable, str(script), *map(str, words)]

@@ -21,7 +21,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-from helpers import read_checkpoint, read_jsonl
+from helpers import loss_inputs, read_checkpoint, read_jsonl
 
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parents[1].glob("ppo_*.py"))]
 CONTINUOUS = [script for script in SCRIPTS if hasattr(script.Args, "clip_actions")]
@@ -40,11 +40,6 @@ TRACE_OF_SCRIPT: dict[str, dict[str, Any]] = {
     # its defaults are those of discrete control; here the flags of the base
     "ppo_shared_params": {"env": "RecorderDiscrete-v0", "norm_obs": "step", "clip_obs": 10.0}
     | {"norm_reward": True, "clip_reward": 10.0, "ent_coef": 0.0}
-}
-BATCH = ("obs", "action", "logprob", "value", "advantage", "return_", "valid")
-BATCH_OF_SCRIPT = {
-    "ppo_kl_penalty": (*BATCH, "mean", "std"),
-    "ppo_shared_params": ("obs", "action", "mask", "first", *BATCH[2:]),
 }
 T, N, UPDATES = 32, 2, 6  # updates of an iteration
 PLAIN: dict[str, Any] = {"norm_obs": "none", "clip_obs": math.inf, "norm_reward": False, "clip_reward": math.inf}
@@ -164,16 +159,16 @@ def run_trace(script, run_dir: Path, **changes) -> Trace:
 
     def ppo_loss(*args, **kwargs):
         loss, info = originals.ppo_loss(*args, **kwargs)
-        bound = inspect.signature(originals.ppo_loss).bind(*args, **kwargs).arguments
+        bound = dict(inspect.signature(originals.ppo_loss).bind(*args, **kwargs).arguments)
+        new, old = bound.pop("new")._asdict(), bound.pop("old")._asdict()
+        bound |= new | {f"old_{name}" if name in new else name: x for name, x in old.items()} | {"loss": loss}
         # out of the gradient transformation only by the dictionary; update() below takes them out of it
-        return loss, info | {f"spy_{name}": torch.as_tensor(x) for name, x in bound.items()} | {"spy_loss": loss}
+        return loss, info | {f"spy_{name}": torch.as_tensor(x) for name, x in bound.items()}
 
     def make_update(agent, args):
         inner = originals.make_update(agent, args)
         trace.agent = copy.deepcopy(agent)
         trace.initial = {name: p.detach().clone() for name, p in agent.named_parameters()}
-
-        batch_names = BATCH_OF_SCRIPT.get(script.__name__, BATCH)
 
         def update(*args):
             given = inspect.signature(inner).bind(*args).arguments
@@ -184,7 +179,7 @@ def run_trace(script, run_dir: Path, **changes) -> Trace:
             trace.updates.append(
                 SimpleNamespace(
                     iteration=len(trace.rollouts) - 1,
-                    batch=SimpleNamespace(**dict(zip(batch_names, clones(*given["batch"]), strict=True))),
+                    batch=SimpleNamespace(**{name: x.clone() for name, x in given["batch"]._asdict().items()}),
                     mb_inds=given["mb_inds"].clone(),
                     learning_rate=given["learning_rate"].item(),
                     theta=(before, theta.clone()),
@@ -276,19 +271,13 @@ def direct_gae(rollout, gamma, gae_lambda, bootstrap_truncated=True) -> np.ndarr
 
 
 def loss_of(script, **changes):
-    """ppo_loss of one sample with everything neutral but `changes`; numbers become float64 tensors (1,)."""
-    names = ("logprob", "entropy", "value", "old_logprob", "old_value", "advantage", "return_", "kl")
-    arguments: dict[str, Any] = dict.fromkeys(names, 0.0) | {"valid": 1.0, "clip_coef": 0.2, "kl_coef": 0.0} | changes
+    """ppo_loss of samples with everything neutral but `changes`: its parameters, or columns as in loss_inputs."""
     parameters = inspect.signature(script.ppo_loss).parameters
-    scalars = {"clip_coef", "kl_coef"}
-    tensors = {
-        name: torch.tensor(x if name in scalars else np.atleast_1d(x), dtype=torch.float64)
-        if isinstance(x, float | list)
-        else x
-        for name, x in arguments.items()
-        if name in parameters
-    }
-    return script.ppo_loss(**tensors)
+    settings = {name: torch.tensor(x) for name, x in (("clip_coef", 0.2), ("kl_coef", 0.0)) if name in parameters}
+    settings |= {name: x for name, x in changes.items() if name in parameters}
+    columns = {name: np.atleast_1d(x) for name, x in changes.items() if name not in parameters}
+    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in columns.items()}
+    return script.ppo_loss(*loss_inputs(script, **tensors), **settings)
 
 
 def valid_mean(x: torch.Tensor, valid: torch.Tensor) -> float:
@@ -531,15 +520,10 @@ def test_detail_10_overall_loss_and_entropy_bonus(script, traces, flags):
 def gradient_of(trace: Trace, update) -> torch.Tensor:
     """Gradient before any clipping, by torch's autograd through the network and the loss, flat, in float64."""
     agent = trace.agent_at(update.theta[0]).double()
-    minibatch = [x[update.mb_inds].double() for x in vars(update.batch).values()]
-    logprob, entropy, value, *rest = agent(*minibatch[:2])
-    arguments = vars(update.loss) | {"logprob": logprob, "entropy": entropy, "value": value}
-    if rest:
-        arguments["kl"] = trace.script.gaussian_kl(*minibatch[7:9], *rest)
-    arguments.pop("loss")
-    arguments = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()}
-    arguments |= {name: bool(arguments[name]) for name in ("clip_policy", "clip_vloss")}
-    loss, _ = trace.script.ppo_loss(**arguments)
+    old = trace.script.Batch(**{name: x[update.mb_inds].double() for name, x in vars(update.batch).items()})
+    old = old._replace(advantage=update.loss.advantage.double())
+    settings = {name: x for name, x in vars(update.loss).items() if name in inspect.signature(trace.script.ppo_loss).parameters}
+    loss, _ = trace.script.ppo_loss(agent(old.obs, old.action), old, **settings)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
 
 
@@ -573,7 +557,6 @@ def test_detail_12_debug_variables_of_the_loss(script):
         return_=[1.0, 3.0, 1.0, 2.0],
         advantage=[1.0, 1.0, 1.0, 1.0],
         valid=[1.0, 1.0, 1.0, 0.0],
-        kl=[0.0] * 4,
         clip_policy=True,
     )
     ratio = np.exp(logratio[:3])
@@ -647,7 +630,7 @@ def test_detail_24_standard_deviation_is_independent_of_the_state(script, traces
     obs = 5 * torch.randn(9, 3)
     _, std = script.numpy_policy(last)(obs.numpy())
     np.testing.assert_allclose(np.broadcast_to(std, (9, 2)), np.exp(np.tile(last.log_std.detach(), (9, 1))), rtol=1e-6)
-    entropy = last(obs, torch.zeros(9, 2))[1]
+    entropy = last(obs, torch.zeros(9, 2)).entropy
     torch.testing.assert_close(entropy, entropy[:1].expand(9))
     trace = traces(script, state_independent_std=False)
     assert "log_std" not in trace.initial
@@ -657,7 +640,7 @@ def test_detail_24_standard_deviation_is_independent_of_the_state(script, traces
     np.testing.assert_allclose(mean, out[:, :2], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(std, np.exp(out[:, 2:]), rtol=1e-4)
     assert (std.std(axis=0) > 1e-4).all()
-    assert last(obs, torch.zeros(9, 2))[1].std() > 1e-4
+    assert last(obs, torch.zeros(9, 2)).entropy.std() > 1e-4
 
 
 @each_continuous
@@ -666,19 +649,19 @@ def test_detail_25_log_probabilities_of_the_components_add_up(script):
     with torch.no_grad():
         agent.log_std.copy_(torch.tensor([0.4, -1.0]))
     obs, action = torch.randn(6, 3), torch.randn(6, 2)
-    logprob, entropy = agent(obs, action)[:2]
+    said = agent(obs, action)
     mean, std = agent.actor(obs).double(), agent.log_std.double().exp()
     density = torch.exp(-0.5 * ((action - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-    torch.testing.assert_close(logprob.double(), (density[:, 0] * density[:, 1]).log(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(said.logprob.double(), (density[:, 0] * density[:, 1]).log(), rtol=1e-5, atol=1e-5)
     expected = sum(0.5 * math.log(2 * math.pi * math.e) + log_std for log_std in (0.4, -1.0))
-    torch.testing.assert_close(entropy, torch.full((6,), expected))
+    torch.testing.assert_close(said.entropy, torch.full((6,), expected))
 
 
 @each_continuous
 def test_detail_26_policy_and_value_networks_share_nothing(script):
     agent = script.Agent(3, 2)
-    logprob, entropy, value = agent(torch.randn(6, 3), torch.randn(6, 2))[:3]
-    for output, reached in ((value.sum(), "critic"), ((logprob + entropy).sum(), "actor")):
+    said = agent(torch.randn(6, 3), torch.randn(6, 2))
+    for output, reached in ((said.value.sum(), "critic"), ((said.logprob + said.entropy).sum(), "actor")):
         gradients = torch.autograd.grad(output, list(agent.parameters()), allow_unused=True)
         for (name, _), gradient in zip(agent.named_parameters(), gradients, strict=True):
             of_network = name.startswith(reached) or (reached == "actor" and name == "log_std")
@@ -733,7 +716,7 @@ def test_detail_28_statistics_once_per_rollout_or_none(script, traces):
         last = torch.tensor(np.clip((raw[steps.stop] - mean) / np.sqrt(var + 1e-8), -10, 10), dtype=torch.float32)
         agent = trace.agent_at(trace.updates_of(iteration)[0].theta[0])
         with torch.no_grad():
-            value = agent.critic(last if script in CONTINUOUS else agent.trunks[-1](last)).squeeze(1)
+            value = agent.value(last)
         torch.testing.assert_close(trace.rollouts[iteration].values[-1], value, rtol=1e-4, atol=1e-5)
     trace = traces(script, **PLAIN)
     stored = np.concatenate([trace.batch(i).obs.numpy() for i in range(3)])

@@ -1,8 +1,11 @@
 """What the script assumes of envpool and Gymnasium, and which environments its names mean."""
 
+import random
+
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 import envs as test_envs
 from ppo_continuous import UsageError, find_env, make_envs, make_seeds, make_step
@@ -23,7 +26,7 @@ from ppo_continuous import UsageError, find_env, make_envs, make_seeds, make_ste
 )
 def test_make_step_equals_step(name, count, steps):
     seeds = list(range(7, 7 + count))
-    (a, first_a), (b, first_b) = (make_envs(name, seeds, 1) for _ in range(2))
+    (a, first_a, _), (b, first_b, _) = (make_envs(name, seeds, 1) for _ in range(2))
     np.testing.assert_array_equal(first_a, first_b)
     step, rng, ends = make_step(a), np.random.default_rng(0), 0
     for _ in range(steps):
@@ -38,13 +41,13 @@ def test_make_step_equals_step(name, count, steps):
 
 
 def test_a_time_limit_is_a_truncation_and_a_fall_a_termination():
-    envs, _ = make_envs("HalfCheetah", [1], 1)
+    envs, *_ = make_envs("HalfCheetah", [1], 1)
     step, action = make_step(envs), np.zeros((1, 6), np.float32)
     for t in range(1000):
         _, _, terminated, truncated = step(action)
         assert not terminated[0]
         assert truncated[0] == (t == 999)
-    envs, _ = make_envs("InvertedPendulum", [1], 1)
+    envs, *_ = make_envs("InvertedPendulum", [1], 1)
     step, action = make_step(envs), np.ones((1, 1), np.float32)
     for _ in range(1000):
         _, _, terminated, truncated = step(action)
@@ -57,7 +60,7 @@ def test_a_time_limit_is_a_truncation_and_a_fall_a_termination():
 @pytest.mark.parametrize("name", ["Hopper", "InvertedPendulum", "envs:Point-v0"])
 def test_the_step_after_an_end_only_resets(name):
     """It ignores its action, its reward is 0, it ends nothing, and its observation begins an episode."""
-    (a, first), (b, _) = (make_envs(name, [3, 4], 1) for _ in range(2))
+    (a, first, _), (b, *_) = (make_envs(name, [3, 4], 1) for _ in range(2))
     shape, resets, rng = (2, *a.single_action_space.shape), 0, np.random.default_rng(0)
     done, last = np.zeros(2, dtype=bool), first
     for _ in range(300):
@@ -78,7 +81,7 @@ def test_the_step_after_an_end_only_resets(name):
 
 
 def test_the_observation_of_a_truncation_is_the_final_one():
-    envs, _ = make_envs("envs:Point-v0", [5], 1)
+    envs, *_ = make_envs("envs:Point-v0", [5], 1)
     twin = test_envs.Point()
     twin.reset(seed=5)
     action = np.full((1, 1), 0.1, np.float32)
@@ -96,11 +99,11 @@ def test_the_observation_of_a_truncation_is_the_final_one():
 @pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "envs:Point-v0"])
 def test_environments_start_apart_and_the_same_again(name):
     seeds = make_seeds(1, 1, 4)
-    _, first = make_envs(name, seeds, 1)
-    _, again = make_envs(name, seeds, 1)
+    _, first, _ = make_envs(name, seeds, 1)
+    _, again, _ = make_envs(name, seeds, 1)
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first, axis=0)) == 4
-    _, other = make_envs(name, make_seeds(2, 1, 4), 1)
+    _, other, _ = make_envs(name, make_seeds(2, 1, 4), 1)
     assert not np.isin(other, first).all()
 
 
@@ -110,10 +113,12 @@ def test_seeds():
     assert len(set(seen)) == 32
     assert all(0 <= seed < 2**31 for seed in seen)
     draws = []
-    for _ in range(2):
-        make_seeds(5, 6, 1)
-        draws.append((np.random.random(), test_envs.np.random.random()))
+    for seed, iteration in ((5, 6), (5, 6), (5, 7), (6, 6)):
+        make_seeds(seed, iteration, 1)
+        draws.append((random.random(), np.random.random(), torch.rand(()).item()))
     assert draws[0] == draws[1]
+    for of_one_generator in zip(*draws[1:], strict=True):
+        assert len(set(of_one_generator)) == 3, "draws that do not depend on both the seed and the iteration"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_environment_of_a_module_in_the_current_directory(tmp_path):
     (tmp_path / "my_own_module.py").write_text(
         "import gymnasium\nfrom envs import Point\ngymnasium.register('MyEnv-v0', Point, max_episode_steps=3)\n"
     )
-    envs, obs = make_envs("my_own_module:MyEnv-v0", [1, 2], 1)
+    envs, obs, _ = make_envs("my_own_module:MyEnv-v0", [1, 2], 1)
     assert obs.shape == (2, 2)
     step = make_step(envs)
     truncated = [step(np.zeros((2, 1), np.float32))[3].tolist() for _ in range(4)]

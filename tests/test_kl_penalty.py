@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 import ppo_continuous
 import ppo_kl_penalty
-from helpers import TINY, equal, read_checkpoint, read_metrics, run_script, tiny_flags
+from helpers import TINY, equal, loss_inputs, read_checkpoint, read_metrics, run_script, tiny_flags
 from ppo_kl_penalty import Args, adapt_kl_coef, gaussian_kl, ppo_loss, train
 
 SCRIPT = Path(ppo_kl_penalty.__file__)
@@ -54,13 +54,19 @@ def test_beta_halves_below_and_doubles_above(kl, factor):
 
 def test_penalty_is_subtracted_over_valid_steps_only():
     generator = torch.Generator().manual_seed(0)
-    logprob, entropy, value, old_logprob, old_value, advantage, return_, kl = torch.randn(8, 6, generator=generator)
-    valid = torch.tensor([1.0, 1, 0, 1, 1, 0])
-    arguments = (logprob, entropy, value, old_logprob, old_value, advantage, return_, valid)
+    names = ("logprob", "entropy", "value", "old_logprob", "old_value", "advantage", "return_")
+    columns = dict(zip(names, torch.randn(7, 6, generator=generator), strict=True))
+    columns["valid"] = valid = torch.tensor([1.0, 1, 0, 1, 1, 0])
+    mean, old_mean, log_std, old_log_std = torch.randn(4, 6, 3, generator=generator)
+    old_policy, policy = Normal(old_mean, old_log_std.exp()), Normal(mean, log_std.exp())
+    kl = kl_divergence(old_policy, policy).sum(1)
+    of_policies = {"mean": mean, "std": policy.stddev, "old_mean": old_mean, "old_std": old_policy.stddev}
     coefficients: dict[str, Any] = {"vf_coef": 0.5, "ent_coef": 0.01, "clip_vloss": True}
     for clip in (False, True):
-        base, info = ppo_continuous.ppo_loss(*arguments, torch.tensor(0.2), clip_policy=clip, **coefficients)
-        ours, our_info = ppo_loss(*arguments, kl, torch.tensor(0.2), torch.tensor(3.0), clip_policy=clip, **coefficients)
+        new, old = loss_inputs(ppo_continuous, **columns)
+        base, info = ppo_continuous.ppo_loss(new, old, torch.tensor(0.2), clip_policy=clip, **coefficients)
+        new, old = loss_inputs(ppo_kl_penalty, **columns, **of_policies)
+        ours, our_info = ppo_loss(new, old, torch.tensor(0.2), torch.tensor(3.0), clip_policy=clip, **coefficients)
         penalty = 3.0 * kl[valid == 1].mean()
         torch.testing.assert_close(ours, base + penalty)
         torch.testing.assert_close(our_info["policy_loss"], info["policy_loss"] + penalty)
@@ -99,9 +105,9 @@ def test_fixed_beta_stays():
 def test_beta_of_the_log_is_what_the_update_gets(monkeypatch):
     used = []
 
-    def spy(*args, **kwargs):
-        used.append(float(args[10]))  # kl_coef
-        return ppo_loss(*args, **kwargs)
+    def spy(new, old, clip_coef, kl_coef, *args):
+        used.append(float(kl_coef))
+        return ppo_loss(new, old, clip_coef, kl_coef, *args)
 
     monkeypatch.setattr(ppo_kl_penalty, "ppo_loss", spy)
     train(tiny(kl_target=1e-9, num_minibatches=1, update_epochs=2))
@@ -163,14 +169,14 @@ def test_same_seed_same_numbers_and_resume_to_the_same_bit():
     assert not equal(read_checkpoint("whole")["theta"], read_checkpoint("other")["theta"])
 
     saved: list[Path] = []
-    save_checkpoint = ppo_kl_penalty.save_checkpoint
+    write_atomically = ppo_kl_penalty.write_atomically
 
-    def keep_second(file, checkpoint):  # those of iterations 0, 2 and 4
-        save_checkpoint(file, checkpoint)
+    def keep_all(file, data):  # those of iterations 0, 2 and 4
+        write_atomically(file, data)
         saved.append(Path(shutil.copy(file, f"checkpoint{len(saved)}.pt")))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_kl_penalty, "save_checkpoint", keep_second)
+        patch.setattr(ppo_kl_penalty, "write_atomically", keep_all)
         train(tiny("cut", checkpoint_every=2))
     shutil.copy(saved[1], "cut/checkpoint.pt")  # as if killed after it
     train(tiny("cut", checkpoint_every=2, resume="cut"))

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import tiny_args
-from ppo_continuous import Agent, make_update, masked_mean, normalize_advantages, ppo_loss
+import ppo_continuous
+from helpers import loss_inputs, tiny_args
+from ppo_continuous import Agent, Batch, make_update, masked_mean, normalize_advantages, ppo_loss
 
 EPS = torch.tensor(0.2, dtype=torch.float64)
 
@@ -18,10 +19,10 @@ EPS = torch.tensor(0.2, dtype=torch.float64)
 def policy_loss(ratio, advantage, valid=None, **switches):
     """Loss of the policy alone and its gradient with respect to the log-probabilities, in float64."""
     logprob = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
-    zeros = torch.zeros_like(logprob)
-    valid = torch.ones_like(zeros) if valid is None else torch.tensor(valid, dtype=torch.float64)
+    valid = torch.ones_like(logprob) if valid is None else torch.tensor(valid, dtype=torch.float64)
     advantage = torch.tensor(advantage, dtype=torch.float64)
-    loss, info = ppo_loss(logprob, zeros, zeros, zeros, zeros, advantage, zeros, valid, EPS, 0.5, 0.0, **switches)
+    new, old = loss_inputs(ppo_continuous, logprob=logprob, advantage=advantage, valid=valid)
+    loss, info = ppo_loss(new, old, EPS, 0.5, 0.0, **switches)
     loss.backward()
     assert logprob.grad is not None
     return loss.item(), logprob.grad, info
@@ -75,8 +76,8 @@ def test_gradient_of_the_clipped_objective(advantage, ratio, is_zero):
 def test_value_clipping(value, old_value, return_, clip_vloss, loss, gradient):
     value, old_value, return_ = (torch.tensor([x], dtype=torch.float64) for x in (value, old_value, return_))
     value.requires_grad_()
-    zero, one = torch.zeros_like(old_value), torch.ones_like(old_value)
-    total, info = ppo_loss(zero, zero, value, zero, old_value, zero, return_, one, EPS, 3.0, 0.0, clip_vloss=clip_vloss)
+    new, old = loss_inputs(ppo_continuous, value=value, old_value=old_value, return_=return_)
+    total, info = ppo_loss(new, old, EPS, 3.0, 0.0, clip_vloss=clip_vloss)
     total.backward()
     assert info["value_loss"].item() == pytest.approx(loss)
     assert total.item() == pytest.approx(3.0 * loss)
@@ -85,9 +86,8 @@ def test_value_clipping(value, old_value, return_, clip_vloss, loss, gradient):
 
 
 def test_entropy_bonus_lowers_the_loss():
-    zeros, ones = torch.zeros(4), torch.ones(4)
-    entropy = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    loss, info = ppo_loss(zeros, entropy, zeros, zeros, zeros, zeros, zeros, ones, torch.tensor(0.2), 0.5, 0.01)
+    new, old = loss_inputs(ppo_continuous, entropy=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    loss, info = ppo_loss(new, old, torch.tensor(0.2), 0.5, 0.01)
     assert loss.item() == pytest.approx(-0.03)
     assert info["entropy"].item() == pytest.approx(3.0)
 
@@ -98,20 +98,20 @@ def test_log_probability_and_entropy_of_the_agent(state_independent_std):
     torch.manual_seed(0)
     agent = Agent(3, 2, state_independent_std=state_independent_std)
     obs, action = torch.randn(5, 3), torch.randn(5, 2)
-    logprob, entropy, _ = agent(obs, action)
+    said = agent(obs, action)
     out = agent.actor(obs).detach().double().numpy()
     if state_independent_std:
         assert agent.log_std is not None
         with torch.no_grad():
             agent.log_std.copy_(torch.tensor([-0.5, 0.3]))
-        logprob, entropy, _ = agent(obs, action)
+        said = agent(obs, action)
         mean, log_std = out, np.tile([-0.5, 0.3], (5, 1))
     else:
         mean, log_std = out[:, :2], out[:, 2:]
     z = (action.numpy() - mean) / np.exp(log_std)
     expected = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
-    np.testing.assert_allclose(logprob.detach(), expected, rtol=1e-5)
-    np.testing.assert_allclose(entropy.detach(), (0.5 + 0.5 * math.log(2 * math.pi) + log_std).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(said.logprob.detach(), expected, rtol=1e-5)
+    np.testing.assert_allclose(said.entropy.detach(), (0.5 + 0.5 * math.log(2 * math.pi) + log_std).sum(1), rtol=1e-5)
 
 
 def reference_loss(x, clip_coef, vf_coef, ent_coef, clip_policy, clip_vloss):
@@ -135,8 +135,11 @@ def reference_loss(x, clip_coef, vf_coef, ent_coef, clip_policy, clip_vloss):
     return means["policy_loss"] + vf_coef * means["value_loss"] - ent_coef * means["entropy"], means
 
 
-def random_batch(rng, size, share_valid=0.7):
-    """logprob, entropy, value, old_logprob, old_value, advantage, return_, valid, each (size,)."""
+COLUMNS = ("logprob", "entropy", "value", "old_logprob", "old_value", "advantage", "return_", "valid")
+
+
+def random_columns(rng, size, share_valid=0.7):
+    """COLUMNS, each (size,)."""
     old_logprob, old_value = rng.normal(-2, 1, size), rng.normal(0, 1, size)
     return [
         old_logprob + rng.normal(0, 0.4, size),
@@ -153,12 +156,12 @@ def random_batch(rng, size, share_valid=0.7):
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.booleans(), st.booleans())
 def test_loss_against_plain_python_and_its_gradient_against_differences(seed, size, clip_policy, clip_vloss):
-    batch = random_batch(np.random.default_rng(seed), size)
+    batch = random_columns(np.random.default_rng(seed), size)
     options: Any = {"vf_coef": 0.7, "ent_coef": 0.03, "clip_policy": clip_policy, "clip_vloss": clip_vloss}
     tensors: Any = [torch.tensor(x, dtype=torch.float64) for x in batch]
     learned = [tensor.requires_grad_() for tensor in tensors[:3]]
-    arguments: Any = [*tensors, EPS]
-    loss, info = ppo_loss(*arguments, **options)
+    new, old = loss_inputs(ppo_continuous, **dict(zip(COLUMNS, tensors, strict=True)))
+    loss, info = ppo_loss(new, old, EPS, **options)
     expected, expected_info = reference_loss(batch, 0.2, **options)
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     for key, value in expected_info.items():
@@ -205,7 +208,8 @@ def one_update(batch, norm_adv):
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(()))
     update = make_update(agent, tiny_args(norm_adv=norm_adv))
     hyper = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
-    order = torch.randperm(len(batch[0]))
+    batch = Batch(*batch)
+    order = torch.randperm(len(batch.obs))
     infos = [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(8)]
     return theta, adam, infos
 

@@ -194,8 +194,8 @@ def test_garbage_rewards_and_actions_of_reset_steps_change_no_bit_of_a_run(monke
     make_envs = ppo_continuous.make_envs
 
     def make_dirty_envs(*args, **options):
-        vector_env, obs = make_envs(*args, **options)
-        return GarbageInResets(vector_env), obs
+        vector_env, *first = make_envs(*args, **options)
+        return GarbageInResets(vector_env), *first
 
     monkeypatch.setattr(ppo_continuous, "make_envs", make_dirty_envs)
     train(tiny_args("dirty"))

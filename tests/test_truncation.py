@@ -36,7 +36,7 @@ def test_learned_value(bootstrap_truncated):
     agent = Agent(TIME_LIMIT, 1)
     nn.utils.vector_to_parameters(read_checkpoint("run")["theta"], agent.parameters())
     with torch.no_grad():
-        learned = agent.critic(torch.eye(TIME_LIMIT)).squeeze(1).numpy()
+        learned = agent.value(torch.eye(TIME_LIMIT)).numpy()
     time_left = TIME_LIMIT - np.arange(TIME_LIMIT)
     expected = np.full(TIME_LIMIT, 1 / (1 - GAMMA)) if bootstrap_truncated else (1 - GAMMA**time_left) / (1 - GAMMA)
     np.testing.assert_allclose(learned, expected, rtol=0.04)

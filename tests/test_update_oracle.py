@@ -12,7 +12,7 @@ import ppo_continuous
 import ppo_kl_penalty
 import ppo_shared_params
 from helpers import TINY, read_checkpoint, read_metrics, tiny_args
-from ppo_continuous import Agent, make_update, normalize_advantages, ppo_loss, train
+from ppo_continuous import Agent, Batch, make_update, normalize_advantages, ppo_loss, train
 
 
 class NumpyPPO:
@@ -50,13 +50,13 @@ class NumpyPPO:
         return gradients
 
     def gradient(self, p, minibatch, clip):
-        """Gradients by name, and what is logged."""
+        """Gradients by name, and what is logged. minibatch: a Batch of arrays."""
         a = self.args
-        obs, action, old_logprob, old_value, advantage, return_, valid = minibatch
-        rows = valid > 0
-        obs, action, old_logprob, old_value, advantage, return_ = (
-            x[rows] for x in (obs, action, old_logprob, old_value, advantage, return_)
+        rows = minibatch.valid > 0
+        obs, action, old_logprob, old_value = (
+            x[rows] for x in (minibatch.obs, minibatch.action, minibatch.logprob, minibatch.value)
         )
+        advantage, return_ = minibatch.advantage[rows], minibatch.return_[rows]
         n, dims = action.shape
         if a.norm_adv == "minibatch":
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -136,11 +136,11 @@ def start(switches, dtype):
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(()))
     obs, action = torch.randn(96, 4, dtype=dtype), 1.5 * torch.randn(96, 2, dtype=dtype)
     with torch.no_grad():
-        logprob, _, value = agent(obs, action)
-    logprob, old_value = logprob + 0.3 * torch.randn(96, dtype=dtype), value + 0.3 * torch.randn(96, dtype=dtype)
-    advantage, return_ = torch.randn(96, dtype=dtype), value + torch.randn(96, dtype=dtype)
+        old = agent(obs, action)
+    logprob, old_value = old.logprob + 0.3 * torch.randn(96, dtype=dtype), old.value + 0.3 * torch.randn(96, dtype=dtype)
+    advantage, return_ = torch.randn(96, dtype=dtype), old.value + torch.randn(96, dtype=dtype)
     valid = (torch.rand(96) < 0.85).to(dtype)
-    batch = (obs, action, logprob, old_value, advantage, return_, valid)
+    batch = Batch(obs, action, logprob, old_value, advantage, return_, valid)
     hyper = torch.tensor(2e-3, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
     minibatches = [x for _ in range(4) for x in torch.randperm(96).split(24)]
     return agent, theta, adam, args, batch, hyper, minibatches
@@ -155,7 +155,7 @@ def test_sixteen_minibatches_against_numpy(switches, dtype, rtol, atol):
     clipped = 0.0
     for mb_inds in minibatches:
         info = update(theta, adam, batch, mb_inds, *hyper)
-        arrays = [x[mb_inds].double().numpy() for x in batch]
+        arrays = Batch(*(x[mb_inds].double().numpy() for x in batch))
         expected_info = reference.update(expected, arrays, *(x.item() for x in hyper))
         assert info.keys() == expected_info.keys()
         for key, value in expected_info.items():
@@ -177,14 +177,11 @@ def test_sixteen_minibatches_against_torch_optim(switches):
     update = make_update(agent, args)
     for mb_inds in minibatches:
         info = update(theta, adam, batch, mb_inds, *hyper)
-        obs, action, old_logprob, old_value, advantage, return_, valid = (x[mb_inds] for x in batch)
-        logprob, entropy, value = other(obs, action)
+        old = Batch(*(x[mb_inds] for x in batch))
         if args.norm_adv == "minibatch":
-            advantage = normalize_advantages(advantage, valid)
-        loss, _ = ppo_loss(
-            logprob, entropy, value, old_logprob, old_value, advantage, return_, valid, hyper[1],
-            args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss,
-        )  # fmt: skip
+            old = old._replace(advantage=normalize_advantages(old.advantage, old.valid))
+        new = other(old.obs, old.action)
+        loss, _ = ppo_loss(new, old, hyper[1], args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(other.parameters(), args.max_grad_norm)
@@ -204,7 +201,8 @@ def test_two_iterations_of_a_run_against_numpy(monkeypatch):
 
         def update(theta, adam, batch, mb_inds, learning_rate, clip_coef):
             starts.append(theta.clone())
-            calls.append(([x.double().numpy() for x in batch], mb_inds.numpy(), learning_rate.item(), clip_coef.item()))
+            arrays = Batch(*(x.double().numpy() for x in batch))
+            calls.append((arrays, mb_inds.numpy(), learning_rate.item(), clip_coef.item()))
             return real_update(theta, adam, batch, mb_inds, learning_rate, clip_coef)
 
         return update
@@ -227,7 +225,7 @@ def test_two_iterations_of_a_run_against_numpy(monkeypatch):
     for number, (batch, mb_inds, learning_rate, clip) in enumerate(calls):
         assert learning_rate == pytest.approx(2e-3 * (1 if number < 8 else 0.5))
         assert clip == 0.2
-        reference.update(expected, [x[mb_inds] for x in batch], learning_rate, clip)
+        reference.update(expected, Batch(*(x[mb_inds] for x in batch)), learning_rate, clip)
     np.testing.assert_allclose(read_checkpoint("run")["theta"].numpy(), expected, rtol=0, atol=1e-4)
     assert np.abs(expected - starts[0].numpy()).max() > 5e-3
 
@@ -239,13 +237,13 @@ def test_two_iterations_of_a_run_against_numpy(monkeypatch):
             delta = rewards[t] + args.gamma * values[t + 1] * (1 - terminated[t]) - values[t]
             advantage = delta + args.gamma * args.gae_lambda * (1 - ends[t]) * advantage
             advantages[t] = advantage
-        np.testing.assert_allclose(batch[4], advantages.ravel(), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(batch[5], (advantages + values[:-1]).ravel(), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(batch[3], values[:-1].ravel())
-        assert np.array_equal(batch[6].reshape(rewards.shape)[1:], 1 - ends[:-1])  # reset steps, and no others, are masked
+        np.testing.assert_allclose(batch.advantage, advantages.ravel(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(batch.return_, (advantages + values[:-1]).ravel(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(batch.value, values[:-1].ravel())
+        assert np.array_equal(batch.valid.reshape(rewards.shape)[1:], 1 - ends[:-1])  # reset steps, and no others, are masked
         parameters = reference.split(starts[iteration * 8].double().numpy())
-        value, _ = reference.forward(parameters, "critic", batch[0])
-        np.testing.assert_allclose(batch[3], value[:, 0], rtol=1e-4, atol=1e-5)
+        value, _ = reference.forward(parameters, "critic", batch.obs)
+        np.testing.assert_allclose(batch.value, value[:, 0], rtol=1e-4, atol=1e-5)
         for epoch in range(args.update_epochs):
             first = iteration * 8 + epoch * 4
             assert np.array_equal(np.sort(np.concatenate([call[1] for call in calls[first : first + 4]])), np.arange(128))
