@@ -375,7 +375,10 @@ class GPT(nn.Module):
 
 
 def pad_rows(rows: list[list[int]], left: bool, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as tokens (N, L), padded on one side, and mask (N, L), False at the padding."""
+    """Rows of different lengths as tokens (N, L), padded on one side, and mask (N, L), False at the padding.
+
+    Only the mask says what is padding; no token does [rlhf 15].
+    """
     tokens = torch.full((len(rows), max(map(len, rows))), PAD)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -566,7 +569,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         return torch.cat([part.flatten() for part in parts])
 
     def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor, warmup: torch.Tensor):
-        """Gradient of the mean over all tokens of the minibatch, whatever the number of parts in which it is computed."""
+        """Gradient of the mean over all tokens of the minibatch [rlhf 30], in however many parts it is computed."""
         size, total = args.micro_batch or len(minibatch.tokens), minibatch.valid.sum()
         gradient, infos = torch.zeros(()), []
         for i in range(0, len(minibatch.tokens), size):
@@ -704,7 +707,7 @@ class Runner:
             self.respond(agent, self.held_out[i : i + 256], np.random.default_rng([self.args.seed, 3, i]))
             for i in range(0, len(self.held_out), 256)
         ]
-        agent.temperature = temperature
+        agent.temperature = temperature  # the KL is that of the policy itself
         sums: Counter[str] = Counter()
         for tokens, mask, valid, _ in (rollout.responses for rollout in rollouts):
             new, old = (x(tokens, mask, valid.shape[1]).logprob * valid for x in (agent, self.reference))

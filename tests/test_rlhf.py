@@ -1,10 +1,12 @@
 """ppo_rlhf.py: one test for each detail of the table in DETAILS.md, the exact optimum, resume, and bad input."""
 
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -617,3 +619,19 @@ def test_scores_must_be_finite():
 def test_distinct_pairs():
     assert ppo_rlhf.distinct_pairs(["a b a b", "a b"]) == 2 / 4
     assert list(itertools.pairwise("ab")) == [("a", "b")]
+
+
+def test_details_name_functions_and_tests_that_exist():
+    details = (Path(__file__).parents[1] / "DETAILS.md").read_text()
+    rows = {line.split("`")[1]: line.strip("| ").split(" | ") for line in details.splitlines() if line.startswith("| `rlhf ")}
+    script = Path(ppo_rlhf.__file__).read_text()
+    tags = set(re.findall(r"\[(rlhf \d\d)\]", script))
+    assert set(rows) == tags
+    for cells in rows.values():
+        for name in re.findall(r"`([\w.]+)`", cells[-2]):
+            assert functools.reduce(getattr, name.split("."), ppo_rlhf), name
+        for name in re.findall(r"`(\w+)`", cells[-1]):
+            assert name in globals(), name
+        for flag in re.findall(r"`--([a-z-]+)", cells[2]):
+            field = flag.replace("-", "_")
+            assert {field, field.removeprefix("no_")} & set(Args.__dataclass_fields__), flag
