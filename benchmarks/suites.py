@@ -41,6 +41,8 @@ RATES = {
     "ppo_kl_penalty": 3000,
     "ppo_shared_params": 10000,
     "ppo_atari": 600,
+    "ppo_rlhf": 500,
+    "exact": 9000,
     "trpo": 1500,
     "a2c": 900,
     "ppo": 700,
@@ -104,6 +106,23 @@ DETAILS: dict[str, dict[str, Any]] = {
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 
 FIVE = (1, 2, 3, 4, 5)
+# ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
+FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
+RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "rlhf-exact": {k: ("benchmarks/exact.py", "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
+    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
+    "rlhf-human": {
+        "beta 0.05": ("ppo_rlhf.py", "human", {}),
+        "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
+    },
+    "rlhf-overopt": {  # both with the same learning rate
+        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
+        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"anneal_lr": False}),
+    },
+    "rlhf-labels": {
+        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
+    },  # 16,000 are in rlhf-human
+}
 HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
 LUNAR: dict[str, Any] = {"num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999, "gae_lambda": 0.98}
 LUNAR |= {"total_timesteps": 2_000_000}
@@ -142,6 +161,11 @@ class Run:
     def peer(self) -> bool:
         """Needs the Python that has the baseline algorithms."""
         return self.script == "benchmarks/baselines.py"
+
+    @property
+    def evaluates(self) -> bool:
+        """Its evaluations are part of the result."""
+        return self.script in ("ppo_rlhf.py", "benchmarks/exact.py")
 
     def options(self) -> list[str]:
         """Its flags as command-line options."""
@@ -219,6 +243,10 @@ def make_suite(name: str) -> list[Run]:
             for game, setting, flags, steps, seeds in ATARI_SHORT
             for seed in seeds
         ]
+    if name in RLHF:
+        seeds = FIVE if name == "rlhf-exact" else SEEDS
+        settings = RLHF[name].items()
+        return [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in settings]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":
@@ -229,6 +257,7 @@ def make_suite(name: str) -> list[Run]:
 SUITES = (
     *("base", "table1", "table1-normalized", "collapse", "table1-details", "figure3", "peer"),
     *("discrete", "atari-short", "table6", "details"),
+    *RLHF,
 )
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting
