@@ -116,6 +116,9 @@ class Args:
     # texts, one a line, instead of the built-in ones; for human "3,2,-1<TAB>text", where the numbers are ratings
     data: str = ""
     prompts: str = ""  # prompts, one a line; empty: the first 3 to 7 tokens of the texts
+    # a causal language model of transformers, a directory or an id, in place of the small GPT; needs --prompts
+    model: str = ""
+    reward_model: str = ""  # a sequence classifier of transformers that scores, in place of --env; it has its own tokenizer
     seed: Seed = 1  # seed of all models, samples and minibatches, at least 0
     total_timesteps: int = 122_880  # tokens of all responses, unused places too; rounded down to whole iterations
     run_dir: str = ""  # directory of the run; empty: runs/<script>__<env>__<seed>__<time>
@@ -631,7 +634,7 @@ class Runner:
                 f"the longest prompt and num_steps = {args.num_steps} make {longest} tokens, but the model reads "
                 f"{models.lm.context}: shorten one of them"
             )
-        self.score, self.vader = make_score(args, models), make_vader() if not args.data else None
+        self.score, self.vader = make_score(args, models), None if args.data or args.model else make_vader()
         self.reference = make_agent(args, models).eval().requires_grad_(False)
         self.global_step, self.kl_coef = 0, args.kl_coef
         self.score_mean, self.score_std = 0.0, 1.0
@@ -840,7 +843,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
     run.open(state_dict())
-    if not (run.dir / "models.pt").is_file():
+    if not args.model and not (run.dir / "models.pt").is_file():
         write_tensors(pack_models(models), run.dir / "models.pt")  # the run no longer depends on the cache
     if first_iteration == 1:
         run.evaluate(0, runner, agent)
@@ -1140,6 +1143,8 @@ def keep(settings: list, code: list, make: Callable[[], dict]) -> dict:
 
 def load_models(args: Args) -> Models:
     """What PPO begins with: from the run directory, or else from the cache, or else made now, stage by stage."""
+    if args.model:
+        return load_pretrained(args)
     if (Path(args.run_dir) / "models.pt").is_file():
         return unpack_models(args, read_tensors(Path(args.run_dir) / "models.pt"))
     if ":" in args.env:
@@ -1167,7 +1172,7 @@ def load_models(args: Args) -> Models:
     if not prompts:
         raise UsageError("the texts are too short to take prompts from them: give --prompts FILE")
     state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out or prompts}
-    if args.env in ("human", "labels"):
+    if args.env in ("human", "labels") and not args.reward_model:
         models = unpack_models(args, state)
         settings += [args.env, args.num_comparisons, args.head_init, args.reward_pool, prompts, args.num_steps]
         code += [RewardModel, train_reward_model, compare_by_people, compare_by_vader]
@@ -1209,6 +1214,113 @@ def unpack_models(args: Args, state: dict) -> Models:
     return Models(tokenizer, lm.to(args.device), reward_model, *rest)
 
 
+class Pretrained(nn.Module):
+    """A causal language model of transformers with the methods of GPT."""
+
+    def __init__(self, lm: Any, eos: int):
+        super().__init__()
+        self.lm, self.eos = lm.eval(), eos  # no dropout, here neither [rlhf 22]
+        self.vocabulary, self.width = lm.get_output_embeddings().weight.shape
+        self.context = lm.config.max_position_embeddings
+
+    def make_cache(self, rows: int, length: int) -> Any:
+        return import_transformers().DynamicCache()
+
+    def train(self, mode: bool = True) -> "Pretrained":
+        return super().train(False)
+
+    def hidden(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
+        options = {"position_ids": positions, "past_key_values": cache, "use_cache": cache is not None}
+        return self.lm.base_model(input_ids=tokens, attention_mask=mask.long(), **options).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def check(self, name: str):
+        """UsageError unless padding on the left, the cache and the way to the logits leave the model's logits as they are."""
+        rows = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
+        tokens, mask = pad_rows(rows, True)
+        cache = self.make_cache(2, 6)
+        parts = [self.hidden(tokens[:, a:b], mask[:, :b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
+        ways = {"when padded on the left": self.hidden(tokens, mask), "with its cache": torch.cat(parts, 1)}
+        for i, row in enumerate(rows):
+            expected = self.lm(torch.tensor([row])).logits[0]
+            for way, hidden in ways.items():
+                gap = (self.logits(hidden[i, -len(row) :]) - expected).abs().max() / expected.abs().max()
+                if not gap < 1e-3:
+                    raise UsageError(f"the model {name} gives other logits {way}: this script cannot train it")
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers with the methods of Tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("--model and --reward-model need transformers: pip install transformers") from error
+    return transformers
+
+
+def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
+    """A model of transformers in float32 and its tokenizer."""
+    transformers = import_transformers()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # many kinds: no directory, no weights, no network, unknown architecture
+        raise UsageError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_pretrained(args: Args) -> Models:
+    """The model, tokenizer and prompts that args name; texts for --ptx-coef come from args.data."""
+    lines = read_lines(args.prompts, "prompts")
+    texts = read_lines(args.data, "data") if args.data else []
+    lm, own = from_pretrained("AutoModelForCausalLM", args.model)
+    if own.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {args.model} has no end token, so no response would end")
+    model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
+    model.check(args.model)
+    prompts = [tokenizer.encode(line) for line in lines]
+    held_out = prompts[: len(prompts) // 18] or prompts
+    rows = [[*tokenizer.encode(text)[: model.context - 1], model.eos] for text in texts]
+    return Models(tokenizer, model.to(args.device), None, rows, prompts[len(prompts) // 18 :], held_out, {})
+
+
+def load_classifier(path: str, device: str) -> Score:
+    """A sequence classifier of transformers with one output as a score of prompt + response."""
+    model, tokenizer = from_pretrained("AutoModelForSequenceClassification", path)
+    if model.config.num_labels != 1:
+        raise UsageError(f"the reward model {path} has {model.config.num_labels} outputs: it needs one")
+    model = model.eval().to(device)
+    model.config.pad_token_id = tokenizer.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
+    )
+
+    @torch.no_grad()
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        batches = (
+            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True) for i in range(0, len(texts), 64)
+        )
+        return [x for batch in batches for x in model(**batch.to(device)).logits[:, 0].tolist()]
+
+    return score
+
+
 def load_function(name: str) -> Score:
     """my_module:score, of the current directory or installed."""
     if os.getcwd() not in sys.path:
@@ -1227,10 +1339,18 @@ def find_score(args: Args):
     """UsageError unless args.env names something that can score."""
     if args.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", args.env):
         raise UsageError(f"unknown reward {args.env}: use human, labels, vader, or a function of yours, my_module:score")
+    if args.model and not args.prompts:
+        raise UsageError("model needs prompts: give --prompts FILE, one prompt a line")
+    if args.model and args.env in ("human", "labels") and not args.reward_model:
+        raise UsageError("model needs a reward of its own: --reward my_module:score, --reward vader or --reward-model DIR")
+    if args.model and args.ptx_coef and not args.data:
+        raise UsageError("ptx_coef needs texts: give --data FILE, one text a line")
 
 
 def make_score(args: Args, models: Models) -> Score:
     """What scores prompts and responses, both as text."""
+    if args.reward_model:
+        return load_classifier(args.reward_model, args.device)
     if ":" in args.env:
         return load_function(args.env)
     if args.env == "vader":

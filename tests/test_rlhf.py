@@ -520,6 +520,84 @@ def test_killed_and_resumed_run_ends_with_the_same_bits():
     assert read_metrics("killed")[1:] == read_metrics("whole")[1:]
 
 
+# models of transformers, which is optional
+
+
+def save_pretrained(folder: str, family: str, **changes):
+    """A tiny model of random weights, and a tokenizer of whole words, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<unk>", "<end>", "the", "film", "is", "and", "to", "me", *GOOD, *BAD])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
+    own.save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1, "do_layer_norm_before": True}
+    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **sizes | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return config
+
+
+FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma3_text", "opt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretrained_model(family, monkeypatch):
+    """Padding on the left and the cache change no logits (checked while loading), the first ratio is 1, and it trains."""
+    save_pretrained("lm", family)
+    Path("prompts.txt").write_text("the film is\nis the film good and\nthe\n")
+    changes = {"model": "lm", "prompts": "prompts.txt", "env": "words:score", "data": "", "total_timesteps": 2 * 64}
+    args, models, runner, agent = start(**changes)
+    rollout = runner.play(agent, 1)
+    batch, measures = ppo_rlhf.make_batch(agent, rollout, runner)
+    assert measures["logprob_gap"] < 1e-5 and measures["kl"] == pytest.approx(0, abs=1e-5)
+    before = flat(agent).clone()
+    assert not torch.equal(before, update_once(args, models, agent, batch))
+    ppo_rlhf.train(tiny(**changes))
+    evaluated = ppo_rlhf.evaluate(tiny(**changes), read_checkpoint("run"))
+    assert len(evaluated["returns"]) == 3 and not evaluated["problems"]
+
+
+def test_pretrained_models_that_are_refused(monkeypatch):
+    save_pretrained("capped", "gemma2", final_logit_softcapping=0.01)
+    Path("prompts.txt").write_text("the film is\n")
+    given = {"prompts": "prompts.txt", "env": "words:score", "data": ""}
+    with pytest.raises(UsageError, match="the model capped gives other logits when padded on the left: this script cannot"):
+        start(model="capped", **given)
+    (Path("capped") / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"cannot load the model capped: .*no file named"):
+        start(model="capped", **given)
+    with pytest.raises(UsageError, match="cannot load the model nowhere"):
+        start(model="./nowhere", **given)
+
+
+def test_pretrained_reward_model():
+    """A classifier of another family and tokenizer than the policy's."""
+    config = save_pretrained("rm", "llama", num_labels=1)
+    transformers = pytest.importorskip("transformers")
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    classifier.save_pretrained("rm")
+    score = ppo_rlhf.load_classifier("rm", "cpu")
+    tokens = transformers.AutoTokenizer.from_pretrained("rm")("the film is good", return_tensors="pt")
+    alone = classifier.eval()(**tokens).logits.item()
+    both = score(["the film is", "the film is bad"], [" good", " and sad and awful"])
+    assert both[0] == pytest.approx(alone, abs=1e-5) and both[0] != both[1]
+    ppo_rlhf.train(tiny(reward_model="rm", total_timesteps=64))
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    Path("prompts.txt").write_text("the film is\n")
+    with pytest.raises(UsageError, match="need transformers: pip install transformers"):
+        start(model="lm", prompts="prompts.txt", env="words:score", data="")
+
+
 # bad input
 
 
@@ -542,6 +620,8 @@ def write_function(body: str):
         (["--data", "wrong.txt"], "data wrong.txt: before the tab there must be numbers, not 'good'"),
         (["--data", "one.txt"], "data needs at least two texts"),
         (["--num-minibatches", "3"], "num_envs = 8 responses do not divide into num_minibatches = 3: change one of them"),
+        (["--model", "lm"], "model needs prompts: give --prompts FILE"),
+        (["--model", "lm", "--prompts", "long.txt"], "model needs a reward of its own: --reward my_module:score"),
         (["--width", "33"], "width is 33: it must be a multiple of 32"),
         (["--vocabulary", "100"], "vocabulary is 100: it must be at least 259"),
         (["--temperature", "0"], "temperature is 0.0: it must be above 0"),
