@@ -1222,12 +1222,14 @@ def load_wandb(args: Args) -> Any:
     """The module wandb, after checking what can be checked before a run exists."""
     import wandb
 
-    try:
-        mode: Any = os.environ.get("WANDB_MODE", "online")
-        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
     if mode == "online" and not wandb.login(prompt=False):
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb

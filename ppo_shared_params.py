@@ -1,13 +1,18 @@
-"""PPO (Schulman et al. 2017): one trunk for policy and value (eq. 9), discrete actions, LSTM.
+"""PPO (Schulman et al. 2017): one trunk for policy and value (eq. 9), discrete or Gaussian policy, LSTM.
 
-    python ppo_shared_params.py --env CartPole-v1
-    python ppo_shared_params.py --env CartPole-v1 --lstm --observe 0 2
+    python ppo_shared_params.py --env CartPole
+    python ppo_shared_params.py --env CartPole --lstm --observe 0 2
     python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
 
-- CartPole-v1 500 (seeds 1 to 5), Acrobot-v1 -84.8 (1 to 3) after 500,000 steps (last 100 episodes)
-- half a minute a run on one core of an AMD EPYC with torch 2.13 and envpool 1.2.5
-- rewards are scaled: the value loss of unscaled ones takes all of a shared trunk's clipped gradient
-  (CartPole then reaches 234 instead of 500, or 495 with --vf-coef 0.01)
+CartPole 500 (seeds 1 to 5), Acrobot -84.8 (1 to 3) after 500,000 steps (last 100 episodes), half a minute on one core.
+Rewards are scaled: the value loss of unscaled ones takes all of a shared trunk's clipped gradient. CartPole then reaches
+234 instead of 500, or 495 with --vf-coef 0.01. What is not about the networks and the actions is that of ppo_continuous.py.
+
+Map of this file, in the order in which it is read:
+    Flags                 every setting, one line each
+    PPO                   networks, advantages, loss, update by one minibatch
+    Rollout and training  play, make the batch, learn, and the loop
+    Surroundings          normalization, environments, run directory, evaluation, command line: nothing about PPO
 """
 
 # /// script
@@ -25,28 +30,51 @@
 # ///
 import argparse
 import contextlib
+import copy
 import ctypes
 import ctypes.util
 import dataclasses
 import difflib
+import errno
+import fcntl
 import gc
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import warnings
+import weakref
+import zipfile
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+
+def stop_at_signal(number, _):
+    """The first Ctrl-C or SIGTERM interrupts; a second one does not disturb what is said then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "main" not in globals():  # torch is still being imported
+        os.write(2, f"{Path(__file__).name}: interrupted before it began\n".encode())
+        os._exit(128 + number)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop_at_signal)
+    signal.signal(signal.SIGTERM, stop_at_signal)
 
 gc.disable()  # collecting garbage while torch and envpool are imported takes a second
 with contextlib.suppress(OSError):  # envpool draws MuJoCo only where the system's OpenGL was loaded before it
@@ -59,14 +87,18 @@ import tqdm
 import tyro
 from PIL import Image
 from torch import nn
+from torch.distributions import Normal
 
 gc.enable()
 gc.freeze()  # what they loaded stays until the end, so it is never scanned
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
-
 KIND = "ppo_shared_params"  # of checkpoints; stays when the file is renamed
-MASK_KEYS = ("action_mask", "legal_action_mask")  # of an observation or info: True where an action is valid
+# of an observation or info that holds an action mask; the others say the opposite, and are refused
+MASK_KEYS: tuple[str, ...] = ("action_mask", "legal_action_mask", "action_masks", "legal_actions_mask", "valid_action_mask")
+MASK_KEYS += ("avail_actions", "available_actions", "legal_actions", "valid_actions")
+INVERSE_KEYS = ("invalid_action_mask", "invalid_actions_mask", "invalid_actions", "illegal_actions", "illegal_action_mask")
+INFO_KEYS = MASK_KEYS + INVERSE_KEYS  # what it reads of the infos of an environment
 MASKED_LOGIT = -1e8  # finite, so that 0 * log(0) does not arise; its exponential is exactly 0
 LSTM_SIZE = 128
 
@@ -79,108 +111,90 @@ class NonFiniteError(RuntimeError):
     """A loss, observation or reward is NaN or infinite; the command line prints it and exits with 1."""
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags. The help is the comment at the field. The bounds are in the type: what a value must, and the test of it.
+
+Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
+Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
+Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
+Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
+Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
+Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
+OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
+Weight = Annotated[float, ("be finite and at least 0", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, ("lie between 0 and 1", lambda x: 0 <= x <= 1)]
+Bins = Annotated[
+    int | None, ("be at least 2, or None", lambda x: x is None or x >= 2), ("be at most 1001", lambda x: (x or 0) <= 1001)
+]
+
+
 @dataclass
 class Args:
-    # run
-    env: str = "CartPole-v1"
-    """environment: an envpool or Gymnasium id, or my_module:MyEnv-v0"""
-    seed: int = 1
-    """seed of networks, actions, minibatches and environments, at least 0"""
-    total_timesteps: int = 500_000
-    """environment steps of the run, over all environments, resets included; rounded down to whole rollouts"""
-    run_dir: str = ""
-    """directory of the run; empty: runs/<script>__<env>__<seed>__<time>"""
-    checkpoint_every: int = 200
-    """iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes"""
+    env: str = "CartPole-v1"  # environment: a name (CartPole means CartPole-v1), an id, or my_module:MyEnv-v0
+    seed: Seed = 1  # seed of networks, actions, minibatches and environments, at least 0
+    total_timesteps: int = 500_000  # steps of all environments together, resets too; rounded down to whole rollouts
+    run_dir: str = ""  # directory of the run; empty: runs/<script>__<env>__<seed>__<time>
+    # iterations between checkpoints, at least 1; environments start afresh at each, so it should span many episodes
+    checkpoint_every: Count = 200
+    checkpoint_minutes: Limit = math.inf  # a checkpoint also after so many minutes; the run then depends on the clock
+    # continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
+    # changed with it, and annealing then runs to the new end
     resume: str = ""
-    """continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
-    changed with it, and annealing then runs to the new end"""
-    evaluate: str = ""
-    """only evaluate this checkpoint or run directory, with frozen observation statistics"""
-    eval_episodes: int = 10
-    """episodes of the evaluation that ends a run; 0: none, as for a task that never ends"""
-    eval_deterministic: bool = True
-    """evaluate the likeliest action; off: sampled actions"""
-    capture_video: bool = False
-    """record the first evaluation episode as evaluation.gif in the run directory"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "ppo"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
+    evaluate: str = ""  # only evaluate this checkpoint or run directory, with frozen observation statistics
+    eval_episodes: Episodes = 10  # episodes of the evaluation that ends a run; 0: none
+    eval_steps: Count = 100_000  # steps after which an evaluation episode is cut off
+    eval_deterministic: bool = False  # evaluate the likeliest action, which may repeat for ever; off: sampled actions
+    capture_video: bool = False  # record the first evaluation episode as evaluation.gif in the run directory
+    track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline works)
+    wandb_project_name: str = "ppo"  # project of --track
+    wandb_entity: str | None = None  # team of --track
 
     # PPO
-    learning_rate: float = 2.5e-4
-    """Adam step size, above 0"""
-    num_envs: int = 4
-    """parallel environments (N)"""
-    num_steps: int = 128
-    """steps of each environment per rollout (T)"""
-    gamma: float = 0.99
-    """discount, 0 to 1"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation, 0 to 1; 1: Monte Carlo, 0: one-step TD"""
-    num_minibatches: int = 4
-    """minibatches per epoch; must divide num_envs * num_steps, with --lstm num_envs; 1: whole batch"""
-    update_epochs: int = 4
-    """passes over a rollout (K)"""
-    clip_coef: float = 0.2
-    """clip range epsilon of ratio and value, above 0"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (c2), at least 0"""
-    vf_coef: float = 0.5
-    """weight of the value loss 0.5 * mean squared error, at least 0; 2 is c1 = 1 of the paper"""
-    max_grad_norm: float = 0.5
-    """global gradient norm limit, above 0; inf: off"""
-    target_kl: float | None = None
-    """stop the epochs of an iteration when the mean approximate KL of one exceeds this; None: off"""
+    learning_rate: Positive = 2.5e-4  # Adam step size, above 0
+    num_envs: Count = 4  # parallel environments (N)
+    num_steps: Count = 128  # steps of each environment per rollout (T)
+    gamma: Fraction = 0.99  # discount, 0 to 1
+    gae_lambda: Fraction = 0.95  # lambda of generalized advantage estimation, 0 to 1; 1: Monte Carlo, 0: one-step TD
+    num_minibatches: Count = 4  # minibatches per epoch; must divide num_envs * num_steps, with --lstm num_envs; 1: whole batch
+    update_epochs: Count = 4  # passes over a rollout (K)
+    clip_coef: Positive = 0.2  # clip range epsilon of ratio and value, above 0
+    ent_coef: Weight = 0.01  # weight of the entropy bonus (c2), at least 0
+    vf_coef: Weight = 0.5  # weight of the value loss 0.5 * mean squared error, at least 0; 2 is c1 = 1 of the paper
+    max_grad_norm: Limit = 0.5  # global gradient norm limit, above 0; inf: off
+    target_kl: OptionalLimit = None  # stop the epochs of an iteration when the mean approximate KL of one exceeds this
 
     # networks, observations and actions
-    share_params: bool = True
-    """[detail 13] one trunk for policy and value; off: separate networks"""
+    share_params: bool = True  # [detail 13] one trunk for policy and value; off: separate networks
+    # [detail 32-36] LSTM layer of 128 units after the trunk; minibatches are whole environments, nothing is compiled
     lstm: bool = False
-    """[detail 32-36] LSTM layer of 128 units after the trunk; minibatches are whole environments, nothing is compiled"""
-    observe: tuple[int, ...] = ()
-    """indices of the observation components to keep (CartPole without velocities: 0 2); empty: all"""
-    discretize_actions: int | None = None
-    """[detail 37] bins per action of a Box action space, evenly spaced from bound to bound, at least 2"""
+    observe: tuple[int, ...] = ()  # indices of the observation components to keep (CartPole without velocities: 0 2)
+    # [detail 37] bins per action of a Box action space, evenly spaced from bound to bound, 2 to 1001; None: Gaussian policy
+    discretize_actions: Bins = None
 
     # implementation details; numbers are those of DETAILS.md
+
+    # [detail 02] orthogonal (sqrt 2, 0.01, 1), normc (1, 0.01, 1: baselines of 2017), or the default of torch
     weight_init: Literal["orthogonal", "normc", "torch"] = "orthogonal"
-    """[detail 02] orthogonal (sqrt 2, 0.01, 1), normc (1, 0.01, 1: baselines of 2017), or the default of torch"""
-    adam_eps: float = 1e-5
-    """[detail 03] epsilon of Adam; 1e-8: default of torch"""
-    anneal_lr: bool = True
-    """[detail 04] learning rate falls linearly to 0"""
+    adam_eps: Positive = 1e-5  # [detail 03] epsilon of Adam; 1e-8: default of torch
+    anneal_lr: bool = True  # [detail 04] learning rate falls linearly to 0
+    # [detail 07] advantages to mean 0 and deviation 1, per minibatch or over the whole batch
     norm_adv: Literal["minibatch", "batch", "none"] = "minibatch"
-    """[detail 07] advantages to mean 0 and deviation 1, per minibatch or over the whole batch"""
-    clip_policy: bool = True
-    """[detail 08] clipped surrogate objective; off: ratio * advantage"""
-    clip_vloss: bool = True
-    """[detail 09] value clipped to clip_coef around its old estimate; off: squared error"""
+    clip_policy: bool = True  # [detail 08] clipped surrogate objective; off: ratio * advantage
+    clip_vloss: bool = True  # [detail 09] value clipped to clip_coef around its old estimate; off: squared error
+    clip_actions: bool = True  # [detail 27] the environment gets actions clipped to its bounds, the learner the unclipped
+    # [detail 28] observations by running mean and variance, updated every step or once per rollout (2017)
     norm_obs: Literal["step", "batch", "none"] = "none"
-    """[detail 28] observations by running mean and variance, updated every step or once per rollout (2017)"""
-    clip_obs: float = math.inf
-    """[detail 29] observations limited to +-this after normalization, above 0; inf: off"""
-    norm_reward: bool = True
-    """[detail 30] rewards divided by the running deviation of the discounted return"""
-    clip_reward: float = math.inf
-    """[detail 31] rewards limited to +-this after scaling, above 0; inf: off"""
-    anneal_clip: bool = False
-    """clip range falls linearly to 0 (baselines of August 2017)"""
-    bootstrap_truncated: bool = True
-    """[ours] a time limit is no termination: bootstrap from the final observation; off: as in 2017"""
-    mask_resets: bool = True
-    """[ours] the step that only resets an environment is left out of loss and statistics; off: learned from"""
+    clip_obs: Limit = math.inf  # [detail 29] observations limited to +-this after normalization, above 0; inf: off
+    norm_reward: bool = True  # [detail 30] rewards divided by the running deviation of the discounted return
+    clip_reward: Limit = math.inf  # [detail 31] rewards limited to +-this after scaling, above 0; inf: off
+    anneal_clip: bool = False  # clip range falls linearly to 0 (baselines of August 2017)
+    bootstrap_truncated: bool = True  # [ours] after a time limit bootstrap from the final observation; off: as in 2017
+    mask_resets: bool = True  # [ours] leave steps that only reset out of loss and statistics; off: learn from them, too
 
     # speed
-    compile: bool = True
-    """compile the update with torch.compile (needs a C++ compiler on a CPU)"""
-    device: str = "cpu"
-    """device of the update: cpu, cuda, cuda:1; the policy acts on the CPU, where one observation is fastest"""
-    num_threads: int = 1
-    """CPU threads of torch and of envpool, at least 1"""
+    compile: bool = True  # compile the update with torch.compile (needs a C++ compiler on a CPU)
+    device: str = "cpu"  # device of the update: cpu, cuda, cuda:1; the policy acts on the CPU, where one step is fastest
+    num_threads: Cores = 1  # CPU threads of torch and of envpool, at least 1
 
     @property
     def batch_size(self) -> int:
@@ -195,264 +209,39 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
+        check_bounds(self)
         if not self.run_dir:
-            env, now = self.env.replace(":", "."), time.strftime("%Y%m%d-%H%M%S")
+            env = re.sub(r"[^\w.-]+", ".", self.env)
+            now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
             self.run_dir = f"runs/{Path(__file__).stem}__{env}__{self.seed}__{now}"
-        for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "num_threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps", "clip_obs", "clip_reward"):
-            if not getattr(self, name) > 0:  # also catches NaN
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("ent_coef", "vf_coef", "seed", "eval_episodes"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be finite and at least 0")
-        for name in ("learning_rate", "clip_coef", "adam_eps"):
-            if math.isinf(getattr(self, name)):
-                raise UsageError(f"{name} is inf: it must be finite")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
-        if self.target_kl is not None and not self.target_kl > 0:
-            raise UsageError(f"target_kl is {self.target_kl}: it must be above 0, or None")
         if self.batch_size % self.num_minibatches:
+            sizes = f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = {self.num_minibatches}"
+            raise UsageError(f"{sizes}: change one of them")
+        if self.norm_adv != "none" and (self.batch_size if self.norm_adv == "batch" else self.minibatch_size) < 2:
             raise UsageError(
-                f"num_envs * num_steps = {self.batch_size} does not divide into num_minibatches = "
-                f"{self.num_minibatches}: change one of them"
+                f"norm_adv {self.norm_adv} makes the advantage of a single step 0: take fewer minibatches, or none"
             )
-        if self.lstm and self.num_envs % self.num_minibatches:
-            raise UsageError(
-                f"lstm needs minibatches of whole environments, but num_envs = {self.num_envs} does not divide into "
-                f"num_minibatches = {self.num_minibatches}: change one of them"
-            )
-        if self.discretize_actions is not None and self.discretize_actions < 2:
-            raise UsageError(f"discretize_actions is {self.discretize_actions}: it must be at least 2, or None")
-        if any(index < 0 for index in self.observe) or len(set(self.observe)) < len(self.observe):
-            raise UsageError(f"observe is {self.observe}: its indices must be different and at least 0")
         if self.num_iterations < 1:
-            raise UsageError(
-                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps = "
-                f"{self.batch_size} steps: raise it or shorten the rollout"
-            )
+            rollout = f"one rollout of num_envs * num_steps = {self.batch_size} steps"
+            raise UsageError(f"total_timesteps is {self.total_timesteps}, less than {rollout}: raise it or shorten the rollout")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
         gpus = torch.cuda.device_count()
         if self.device != "cpu" and int(self.device[5:] or 0) >= gpus:
             raise UsageError(f"device is {self.device}, but torch finds {gpus} GPU(s) here: use --device cpu")
-        if self.evaluate and self.eval_episodes < 1:
-            raise UsageError("evaluate plays episodes: set eval_episodes to at least 1")
-        if self.capture_video and self.eval_episodes < 1:
-            raise UsageError("capture_video records an evaluation episode: set eval_episodes to at least 1")
+        if (self.evaluate or self.capture_video) and self.eval_episodes < 1:
+            name = "evaluate plays episodes" if self.evaluate else "capture_video records an evaluation episode"
+            raise UsageError(f"{name}: set eval_episodes to at least 1")
+
+        if self.lstm and self.num_envs % self.num_minibatches:
+            sizes = f"num_envs = {self.num_envs} does not divide into num_minibatches = {self.num_minibatches}"
+            raise UsageError(f"lstm needs minibatches of whole environments, but {sizes}: change one of them")
+        if any(index < 0 for index in self.observe) or len(set(self.observe)) < len(self.observe):
+            raise UsageError(f"observe is {self.observe}: its indices must be different and at least 0")
 
 
-def find_env(name: str) -> tuple[str, bool]:
-    """Full id of an environment and whether envpool has it. A bare name means version 4, else the newest one."""
-    if ":" in name:
-        if not re.fullmatch(r"[^\W\d][\w.]*:[^:]+", name):
-            raise UsageError(f"unknown environment {name}: an environment of your own is my_module:MyEnv-v0")
-        return name, False
-    known = set(envpool.list_all_envs()) | set(gymnasium.registry)
-    versions = sorted(
-        (id for id in known if re.fullmatch(re.escape(name) + r"-v\d+", id)), key=lambda id: int(id.rsplit("-v", 1)[1])
-    )
-    found = name if name in known else f"{name}-v4" if f"{name}-v4" in versions else versions[-1] if versions else None
-    if found is None:
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-        raise UsageError(f"unknown environment {name}; nearest names: {', '.join(near) or 'none'}")
-    return found, found in envpool.list_all_envs()
-
-
-def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = False) -> tuple[Any, Any, dict]:
-    """Vectorized environment, one per seed, freshly reset: (envs, first observations (N, ...), first info).
-
-    envpool where it has the id, else gymnasium.make_vec. Both reset on the *next* step: the step after an episode
-    end ignores its action and returns the first observation of the next episode, with reward 0.
-    """
-    env_id, in_envpool = find_env(name)
-    drawn: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
-    if in_envpool:
-        if render and sys.platform == "linux" and not ctypes.util.find_library("EGL"):
-            raise UsageError("capture_video needs OpenGL: install libEGL (on Debian: apt-get install libegl1)")
-        size = {"render_width": 320, "render_height": 240} if render else {}
-        try:
-            envs: Any = envpool.make(
-                env_id,
-                env_type="gymnasium",
-                num_envs=len(seeds),
-                seed=seeds,
-                num_threads=min(num_threads, len(seeds)),
-                **drawn,
-                **size,
-            )
-        except (ImportError, RuntimeError, OSError) as error:
-            raise UsageError(f"cannot make environment {name}: {error}") from error
-    else:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie in the current directory
-        try:
-            envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", **drawn)
-        except (ImportError, gymnasium.error.Error) as error:
-            raise UsageError(f"cannot make environment {name}: {error}") from error
-        except TypeError as error:
-            if not render:
-                raise
-            raise UsageError(f"capture_video needs an environment that draws itself: {error}") from error
-    obs, info = envs.reset(**({} if in_envpool else {"seed": seeds}))
-    if in_envpool and len(info["players"]["env_id"]) != len(seeds):
-        raise UsageError(f"{env_id} is a game of several players; this script trains a single one")
-    return envs, obs, info
-
-
-def action_components(space: gymnasium.Space, bins: int | None) -> tuple[list[int], np.ndarray]:
-    """Number of choices of each action component (C,), and what the space holds for each choice (C, K), K the most choices.
-
-    A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value.
-    """
-    spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        if bins is None:
-            raise UsageError(f"the action space is {space}: add --discretize-actions 7, or use ppo_continuous.py")
-        low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
-        if not np.isfinite(high - low).all():
-            raise UsageError(f"the action space {space} has no finite bounds to divide: use ppo_continuous.py")
-        return [bins] * low.size, np.linspace(low, high, bins, axis=1).astype(space.dtype)
-    if bins is not None:
-        raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
-    if isinstance(space, spaces.Discrete):
-        nvec, first = np.array([space.n]), np.array([space.start])
-    elif isinstance(space, spaces.MultiDiscrete):
-        nvec, first = space.nvec.flatten(), space.start.flatten()
-    elif isinstance(space, spaces.Box):
-        first = space.low.flatten().astype(int)
-        nvec = space.high.flatten().astype(int) - first + 1
-        if not ((nvec > 0) & (nvec <= 1000)).all():
-            raise UsageError(f"the action space {space} has components of more than 1000 values")
-    else:
-        raise UsageError(f"the action space is {space}; this script needs Discrete, MultiDiscrete or Box")
-    return nvec.tolist(), (first[:, None] + np.arange(nvec.max())).astype(space.dtype)
-
-
-def flatten_obs(obs: Any, space: gymnasium.Space, observe: tuple[int, ...] = ()) -> np.ndarray:
-    """Observations as vectors (N, obs_dim): dictionaries joined (without their action mask), Discrete as one-hot."""
-    spaces = gymnasium.spaces
-    if isinstance(space, spaces.Dict):
-        parts = [flatten_obs(obs[key], part) for key, part in space.items() if key not in MASK_KEYS]
-        if not parts:
-            raise UsageError(f"there is nothing to observe in {space} but the action mask")
-        vectors = np.concatenate(parts, axis=1)
-    elif isinstance(space, spaces.Discrete):
-        vectors = np.eye(int(space.n))[obs - space.start]
-    elif isinstance(space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
-        vectors = obs.reshape(len(obs), -1)
-    else:
-        raise UsageError(f"this script cannot read observations of {space}")
-    return vectors[:, observe] if observe else vectors
-
-
-def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
-    """Which actions are valid, (N, C, K), from the observation or else the info; real itself where neither says it.
-
-    A mask is an array of all choices, component after component, or a tuple or list with one part for each component. real
-    (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a game, all
-    real choices count as valid, so that a distribution exists.
-    """
-    places = [place[key] for place in (obs, info) if isinstance(place, dict) for key in MASK_KEYS if key in place]
-    if not places:
-        return real
-    flat: Any = places[0]
-    if isinstance(flat, tuple):  # of the components, in an observation
-        flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in flat], axis=1)
-    if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
-        flat = [np.hstack(list(mask)) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
-    sizes = {np.size(mask) for mask in flat}
-    if sizes != {real.sum()}:
-        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices to mask")
-    masks = np.zeros((len(flat), *real.shape), dtype=bool)
-    masks[:, real] = np.reshape(flat, (len(flat), -1))
-    return np.where(masks.any(axis=2, keepdims=True), masks, real)
-
-
-def make_step(envs):
-    """envs.step without its info: action (N, ...) -> obs (N, ...), reward, terminated, truncated (N,).
-
-    For envpool it calls the C++ layer (private; tested against envs.step): with one environment the Python layers
-    above it take a third of the time of a step.
-    """
-    if not hasattr(envs, "_send"):
-        return lambda action: envs.step(action)[:4]
-    ids = envs.all_env_ids
-    dtype = envs.spec.action_array_spec["action"].dtype
-    places = [envs._state_keys.index(key) for key in ("obs", "reward", "done", "trunc")]
-
-    def step(action):
-        envs._send([ids, ids, action.astype(dtype)])  # in the order of _action_keys: env_id, players.env_id, action
-        state = envs._recv()
-        obs, reward, done, truncated = [state[i] for i in places]
-        return obs, reward, done & ~truncated, truncated
-
-    return step
-
-
-def make_seeds(seed: int, iteration: int, count: int) -> list[int]:
-    """Different seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
-    sequence = np.random.SeedSequence([seed, iteration]).generate_state(count + 1) >> 1  # 31 bits
-    random.seed(int(sequence[0]))
-    np.random.seed(int(sequence[0]))
-    torch.manual_seed(int(sequence[0]))
-    return [int(s) for s in sequence[1:]]
-
-
-class RunningMeanStd:
-    """Mean and variance of all data seen, over the first axis, in float64 (Chan et al. 1979)."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self.mean, self.m2, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4  # mean 0, variance 1, count 1e-4
-
-    def update(self, x: np.ndarray):
-        """x: (n, *shape), n may be 0."""
-        delta = x - self.mean
-        self.count += len(x)
-        shift = np.add.reduce(delta) / self.count  # has half the overhead of delta.sum(axis=0)
-        self.mean = self.mean + shift
-        self.m2 = self.m2 + np.add.reduce(delta * delta) - shift * shift * self.count
-
-    @property
-    def var(self) -> np.ndarray:
-        return self.m2 / self.count
-
-    def state_dict(self) -> dict:
-        return {"mean": torch.as_tensor(self.mean), "m2": torch.as_tensor(self.m2), "count": float(self.count)}
-
-    def load_state_dict(self, state: dict):
-        self.mean, self.m2, self.count = state["mean"].numpy(), state["m2"].numpy(), state["count"]
-
-
-def normalize_obs(obs: np.ndarray, rms: RunningMeanStd, args: Args) -> np.ndarray:
-    """Normalized (unless switched off) and clipped observations, of the shape of obs, in float32."""
-    if args.norm_obs != "none":
-        obs = (obs - rms.mean) / np.sqrt(rms.var + 1e-8)
-    return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
-
-
-def scale_rewards(
-    rewards: np.ndarray, done: np.ndarray, valid: np.ndarray, discounted_return: np.ndarray, rms: RunningMeanStd, gamma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards (T, N) over the running deviation of the discounted return, and that return (N,) after the last step.
-
-    The return of each environment is ret = ret * gamma + r, zeroed after an episode end; the statistics take in each
-    step's returns before they scale its rewards. Reset steps (valid = 0) stay out.
-    """
-    returns = np.empty_like(rewards)
-    for t in range(len(rewards)):
-        returns[t] = discounted_return * gamma + rewards[t]
-        discounted_return = returns[t] * ~done[t]
-    # RunningMeanStd.update after every step t, for all t at once
-    deltas = (returns - rms.mean) * valid
-    counts = rms.count + valid.sum(axis=1).cumsum()
-    shifts = deltas.sum(axis=1).cumsum() / counts
-    m2s = rms.m2 + (deltas * deltas).sum(axis=1).cumsum() - shifts * shifts * counts
-    rms.mean, rms.m2, rms.count = rms.mean + shifts[-1], m2s[-1], counts[-1]
-    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
+# ----------------------------------------------------------------------------------------------------------------------
+# PPO
 
 
 def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Module:
@@ -466,6 +255,38 @@ def layer_init(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str) -> nn.Mod
     if scheme != "torch" and layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class Output(NamedTuple):
+    """What the networks say of B = T * n observations, T steps of n environments, and the actions taken there."""
+
+    logprob: torch.Tensor  # (B,) log-probability of the action, nats
+    entropy: torch.Tensor  # (B,) of the policy, nats
+    value: torch.Tensor  # (B,) in units of reward
+    state: torch.Tensor  # (n, trunks, 2, H) of the LSTM after the last step
+
+
+class Batch(NamedTuple):
+    """The B = T * N steps of a rollout, flat, as the update reads them; step t of environment n is row t * N + n."""
+
+    obs: torch.Tensor  # (B, obs_dim) normalized
+    action: torch.Tensor  # (B, C) the choice of each component, int64; of a Gaussian policy float32, as sampled
+    mask: torch.Tensor  # (B, C, K) True where a choice is valid
+    first: torch.Tensor  # (B,) 1 at the first observation of an episode, where the LSTM forgets
+    logprob: torch.Tensor  # (B,) of the policy that acted, nats
+    value: torch.Tensor  # (B,) before the update
+    advantage: torch.Tensor  # (B,)
+    return_: torch.Tensor  # (B,) advantage + value, the target of the value function
+    valid: torch.Tensor  # (B,) 1, or 0 at a step that only reset its environment; such a step teaches nothing
+    state: torch.Tensor  # (N, trunks, 2, H) of the LSTM before the first step
+
+
+class Features(NamedTuple):
+    """What policy and value read: the last hidden layer for B = T * n observations."""
+
+    policy: torch.Tensor  # (B, 64), or (B, H) with an LSTM
+    value: torch.Tensor  # the same tensor where they share the trunk
+    state: torch.Tensor  # (n, trunks, 2, H) of the LSTM after the last step
 
 
 class LSTMSteps(torch.autograd.Function):
@@ -527,12 +348,21 @@ def unroll_lstm(cell: Any, x: torch.Tensor, first: torch.Tensor, state: torch.Te
 
 
 class Agent(nn.Module):
-    """Policy and value as linear heads on a trunk of 64 and 64 tanh units, and an LSTM of 128 if wanted, or on one each."""
+    """Policy and value as linear heads on a trunk of 64 and 64 tanh units, and an LSTM of 128 if wanted, or on one each.
+
+    features, policy and value are the only definition of the networks; numpy_policy copies features and policy for the
+    rollout.
+    """
 
     def __init__(
-        self, obs_dim: int, nvec: list[int], weight_init: str = "orthogonal", share_params: bool = True, lstm: bool = False
+        self,
+        obs_dim: int,
+        action_shape: tuple[int, int],
+        weight_init: str = "orthogonal",
+        share_params: bool = True,
+        lstm: bool = False,
     ):
-        """nvec: number of choices of each of the C action components; K is the largest, the rest is masked."""
+        """action_shape: (C, K), C action components of K choices, of which a mask may exclude some; K = 0: Gaussian."""
         super().__init__()
 
         def trunk() -> nn.Sequential:
@@ -543,81 +373,150 @@ class Agent(nn.Module):
                 nn.Tanh(),
             )
 
-        def cell() -> nn.LSTMCell:
-            layer = nn.LSTMCell(64, LSTM_SIZE)
-            for parameter in layer.parameters():
+        def cell() -> nn.LSTMCell | None:
+            layer = nn.LSTMCell(64, LSTM_SIZE) if lstm else None
+            for parameter in layer.parameters() if layer else ():
                 if weight_init != "torch" and parameter.dim() == 2:
                     nn.init.orthogonal_(parameter, 1.0)  # [detail 32]
                 elif weight_init != "torch":
                     nn.init.zeros_(parameter)
             return layer
 
-        features = LSTM_SIZE if lstm else 64
-        self.trunks = nn.ModuleList(trunk() for _ in range(1 if share_params else 2))  # [detail 13] the policy's first
-        self.cells = nn.ModuleList(cell() for _ in self.trunks) if lstm else None
-        self.critic = layer_init(nn.Linear(features, 1), 1.0, weight_init)
-        self.actor = layer_init(nn.Linear(features, len(nvec) * max(nvec)), 0.01, weight_init)
+        def head(out_dim: int, gain: float) -> nn.Module:
+            return layer_init(nn.Linear(LSTM_SIZE if lstm else 64, out_dim), gain, weight_init)
+
+        components, choices = action_shape
+        self.action_shape, self.shared = action_shape, share_params  # [detail 13]
+        self.log_std = None if choices else nn.Parameter(torch.zeros(components))  # [detail 24]
+        self.value_trunk: nn.Sequential | None = None
+        self.value_cell: nn.LSTMCell | None = None
+        if not choices and not share_params:  # made in the order of ppo_continuous.py, so that a seed gives the same run
+            self.value_trunk, self.value_cell, self.critic = trunk(), cell(), head(1, 1.0)
+            self.policy_trunk, self.policy_cell, self.actor = trunk(), cell(), head(components, 0.01)
+            return
+        self.policy_trunk, self.value_trunk = trunk(), None if share_params else trunk()
+        self.policy_cell, self.value_cell = cell(), None if share_params else cell()
+        self.critic, self.actor = head(1, 1.0), head(components * max(choices, 1), 0.01)
 
     def initial_state(self, n: int) -> torch.Tensor:
         """State of n environments: (n, trunks, 2, H), not read without an LSTM."""
-        return torch.zeros(n, len(self.trunks), 2, LSTM_SIZE, device=next(self.parameters()).device)  # [detail 33]
+        return torch.zeros(n, 1 if self.shared else 2, 2, LSTM_SIZE, device=next(self.parameters()).device)  # [detail 33]
 
-    def features(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """obs (T * n, obs_dim), first (T * n,), state (n, trunks, 2, H) -> inputs of actor and critic, state after."""
-        outputs = [trunk(obs) for trunk in self.trunks]
-        if self.cells is not None:
-            runs = [unroll_lstm(cell, outputs[i], first, state[:, i]) for i, cell in enumerate(self.cells)]
-            outputs, state = [output for output, _ in runs], torch.stack([after for _, after in runs], dim=1)
-        return outputs[0], outputs[-1], state
+    def features(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> Features:
+        """obs (T * n, obs_dim), first (T * n,), state (n, trunks, 2, H) before the first step -> Features."""
+        policy = self.policy_trunk(obs)
+        value = policy if self.value_trunk is None else self.value_trunk(obs)
+        if self.policy_cell is None:
+            return Features(policy, value, state)
+        policy, after = unroll_lstm(self.policy_cell, policy, first, state[:, 0])
+        if self.value_cell is None:
+            return Features(policy, policy, after.unsqueeze(1))
+        value, value_after = unroll_lstm(self.value_cell, value, first, state[:, 1])
+        return Features(policy, value, torch.stack([after, value_after], dim=1))
 
-    def value(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Value (T * n,) alone, in units of reward; arguments as in features."""
-        return self.critic(self.features(obs, first, state)[1]).squeeze(1)
+    def policy(self, features: Features) -> tuple[torch.Tensor, ...]:
+        """Logits (B, C, K) before masking; of a Gaussian policy mean and standard deviation, each (B, C)."""
+        out = self.actor(features.policy)
+        if self.log_std is None:
+            return (out.view(-1, *self.action_shape),)
+        return out, self.log_std.expand_as(out).exp()
+
+    def value(self, features: Features) -> torch.Tensor:
+        """Value (B,), in units of reward."""
+        return self.critic(features.value).squeeze(1)
 
     def forward(
         self, obs: torch.Tensor, action: torch.Tensor, mask: torch.Tensor, first: torch.Tensor, state: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """action (T * n, C), mask (T * n, C, K), others as in features -> log-probability, entropy, value, state after.
-
-        The first three are (T * n,), in nats.
-        """
-        actor_input, critic_input, state = self.features(obs, first, state)
-        logits = torch.where(mask, self.actor(actor_input).view(mask.shape), MASKED_LOGIT)  # [aux: action_masks]
-        logprobs = logits.log_softmax(2)
+    ) -> Output:
+        """action (B, C), mask (B, C, K), others as in features -> log-probability and entropy of the policy, value, state."""
+        features = self.features(obs, first, state)
+        value = self.value(features)
+        if self.log_std is not None:
+            mean, std = self.policy(features)
+            policy = Normal(mean, std, validate_args=False)  # [detail 23]
+            # [detail 25] the components are independent: log-probabilities and entropies add up
+            return Output(policy.log_prob(action).sum(1), policy.entropy().sum(1), value, features.state)
+        (logits,) = self.policy(features)
+        logprobs = torch.where(mask, logits, MASKED_LOGIT).log_softmax(2)  # [aux: action_masks]
         # [detail 37] the components are independent: log-probabilities and entropies add up
         logprob = logprobs.gather(2, action.unsqueeze(2)).squeeze(2).sum(1)
         entropy = -(logprobs.exp() * logprobs).sum((1, 2))
-        return logprob, entropy, self.critic(critic_input).squeeze(1), state
+        return Output(logprob, entropy, value, features.state)
 
 
 def numpy_policy(agent: Agent):
-    """The current policy network in numpy: obs (N, obs_dim), state (N, 2, H) -> logits (N, C * K), state after the step.
+    """Features and Agent.policy in numpy: obs (N, obs_dim), memory (N, 2, H) -> what Agent.policy returns, memory after.
 
-    Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update.
+    Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
+    Agent.policy each time, so that an edit of one alone cannot act by another policy than the one that learns.
     """
-    layers = []
-    for module in [*agent.trunks[0].children(), agent.actor]:
+    activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
+    layers: list[Any] = []
+    for module in [*agent.policy_trunk, agent.actor]:
         if isinstance(module, nn.Linear):
             weight, bias = (x.detach().cpu().numpy() for x in (module.weight, module.bias))
             layers.append((np.ascontiguousarray(weight.T), bias))
-        elif not isinstance(module, nn.Tanh):
+        elif type(module) in activations:
+            layers.append(activations[type(module)])
+        else:
             raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
-    if agent.cells is not None:
-        w_x, w_h, b_x, b_h = (x.detach().cpu().numpy() for x in agent.cells[0].parameters())
+    head = layers.pop()
+    if agent.policy_cell is not None:
+        w_x, w_h, b_x, b_h = (x.detach().cpu().numpy() for x in agent.policy_cell.parameters())
         w_x, w_h, b = np.ascontiguousarray(w_x.T), np.ascontiguousarray(w_h.T), b_x + b_h
+    std = None if agent.log_std is None else np.exp(agent.log_std.detach().cpu().numpy())
 
-    def policy(obs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for weight, bias in layers[:-1]:
-            obs = np.tanh(obs @ weight + bias)
-        if agent.cells is not None:
-            gates = obs @ w_x + state[:, 0] @ w_h + b
+    def policy(obs: np.ndarray, memory: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        for layer in layers:
+            obs = obs @ layer[0] + layer[1] if type(layer) is tuple else layer(obs)
+        if agent.policy_cell is not None:
+            gates = obs @ w_x + memory[:, 0] @ w_h + b
             i, f, _, o = np.split(0.5 + 0.5 * np.tanh(0.5 * gates), 4, axis=1)  # the sigmoid
-            c = f * state[:, 1] + i * np.tanh(gates[:, 2 * LSTM_SIZE : 3 * LSTM_SIZE])
+            c = f * memory[:, 1] + i * np.tanh(gates[:, 2 * LSTM_SIZE : 3 * LSTM_SIZE])
             obs = o * np.tanh(c)
-            state = np.stack([obs, c], axis=1)
-        return obs @ layers[-1][0] + layers[-1][1], state
+            memory = np.stack([obs, c], axis=1)
+        out = obs @ head[0] + head[1]
+        return ((out.reshape(-1, *agent.action_shape),) if std is None else (out, std)), memory
 
+    memory = np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)
+
+    def copy(obs: np.ndarray) -> tuple[np.ndarray, ...]:
+        outputs, after = policy(obs, memory)
+        return *outputs, after
+
+    def original(obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = agent.initial_state(3) + torch.as_tensor(memory, device=obs.device).unsqueeze(1)
+        features = agent.features(obs, torch.zeros(3, device=obs.device), state)
+        return *agent.policy(features), features.state[:, 0]
+
+    first = next(module for module in agent.policy_trunk if isinstance(module, nn.Linear))
+    check_copy(copy, original, first.in_features, first.weight.device)
     return policy
+
+
+def check_copy(acting, learning, obs_dim: int, device: torch.device):
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
+    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
+    try:
+        with torch.no_grad():
+            expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
+        pairs = list(zip(acting(probe), expected, strict=True))
+        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4) or not np.isfinite(b).all() for a, b in pairs)
+    except (ValueError, RuntimeError):  # shapes that do not fit
+        same = False
+    if not same:
+        raise UsageError(
+            "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
+            "learn: change it in the same way"
+        )
+
+
+def perturbed(agent: Agent) -> Agent:
+    """A copy with other parameters: at first many are near 0, where two different policies look alike."""
+    other = copy.deepcopy(agent)
+    for parameter in other.parameters():
+        parameter.data += 0.3 * torch.arange(1, parameter.numel() + 1, device=parameter.device).sin().view_as(parameter)
+    return other
 
 
 def compute_gae(
@@ -659,14 +558,8 @@ def normalize_advantages(advantages: torch.Tensor, valid: torch.Tensor) -> torch
 
 
 def ppo_loss(
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    value: torch.Tensor,
-    old_logprob: torch.Tensor,
-    old_value: torch.Tensor,
-    advantage: torch.Tensor,
-    return_: torch.Tensor,
-    valid: torch.Tensor,
+    new: Output,
+    old: Batch,
     clip_coef: torch.Tensor,
     vf_coef: float = 0.5,
     ent_coef: float = 0.0,
@@ -675,57 +568,54 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss to minimize, the negative of eq. 9 with the clipped objective of eq. 7, and what is logged of it.
 
-    All tensors (B,), clip_coef a scalar tensor; means run over the steps with valid = 1; log-probabilities, entropy and
-    KL in nats.
+    new: what the networks say now; old: the minibatch; clip_coef: scalar tensor. Means run over the steps with valid = 1.
     """
-    logratio = (logprob - old_logprob) * valid  # reset steps: ratio 1, so that nothing overflows there
+    logratio = (new.logprob - old.logprob) * old.valid  # reset steps: ratio 1, so that nothing overflows there
     ratio = logratio.exp()
-    policy_objective = ratio * advantage
+    policy_objective = ratio * old.advantage
     if clip_policy:  # [detail 08]
-        policy_objective = torch.minimum(policy_objective, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
-    squared_error = (value - return_) ** 2
+        policy_objective = torch.minimum(policy_objective, ratio.clamp(1 - clip_coef, 1 + clip_coef) * old.advantage)
+    squared_error = (new.value - old.return_) ** 2
     if clip_vloss:  # [detail 09]
-        clipped_value = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-        squared_error = torch.maximum(squared_error, (clipped_value - return_) ** 2)
-    policy_loss = -masked_mean(policy_objective, valid)
-    value_loss = 0.5 * masked_mean(squared_error, valid)
-    entropy_loss = masked_mean(entropy, valid)
+        clipped_value = old.value + (new.value - old.value).clamp(-clip_coef, clip_coef)
+        squared_error = torch.maximum(squared_error, (clipped_value - old.return_) ** 2)
+    policy_loss = -masked_mean(policy_objective, old.valid)
+    value_loss = 0.5 * masked_mean(squared_error, old.valid)
+    entropy = masked_mean(new.entropy, old.valid)
     info = {  # [detail 12]
         "policy_loss": policy_loss,
         "value_loss": value_loss,
-        "entropy": entropy_loss,
-        "old_approx_kl": masked_mean(-logratio, valid),
-        "approx_kl": masked_mean(ratio - 1 - logratio, valid),  # never negative, of low variance (Schulman 2020)
-        "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
+        "entropy": entropy,
+        "old_approx_kl": masked_mean(-logratio, old.valid),
+        "approx_kl": masked_mean(ratio - 1 - logratio, old.valid),  # never negative, of low variance (Schulman 2020)
+        "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), old.valid),
     }
-    return policy_loss + vf_coef * value_loss - ent_coef * entropy_loss, info  # [detail 10]
+    return policy_loss + vf_coef * value_loss - ent_coef * entropy, info  # [detail 10]
 
 
 def make_update(agent: Agent, args: Args):
     """The update by one minibatch, as one function that torch.compile turns into one graph.
 
-    update(theta, adam, batch, start_state, mb_inds, learning_rate, clip_coef) changes the flat parameter vector theta and
-    the Adam state (first moment, second moment, step count) in place and returns what is logged, each a scalar tensor.
+    update(theta, adam, batch, mb_inds, learning_rate, clip_coef) changes the flat parameter vector theta and the Adam
+    state (first moment, second moment, step count) in place and returns what is logged, each a scalar tensor.
+    theta is one vector so that norm and Adam are single operations; functional_call runs the agent with its parts.
     """
     names, shapes = zip(*((name, p.shape) for name, p in agent.named_parameters()), strict=True)
 
-    def loss(theta, minibatch, state, clip_coef):
-        obs, action, mask, first, old_logprob, old_value, advantage, return_, valid = minibatch
+    def loss(theta: torch.Tensor, minibatch: Batch, clip_coef: torch.Tensor):
         parts = theta.split([shape.numel() for shape in shapes])
         parameters = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-        logprob, entropy, value, _ = torch.func.functional_call(agent, parameters, (obs, action, mask, first, state))
-        if args.norm_adv == "minibatch":
-            advantage = normalize_advantages(advantage, valid)  # [detail 07]
-        return ppo_loss(
-            logprob, entropy, value, old_logprob, old_value, advantage, return_, valid, clip_coef,
-            args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss,
-        )  # fmt: skip
+        inputs = (minibatch.obs, minibatch.action, minibatch.mask, minibatch.first, minibatch.state)
+        new = torch.func.functional_call(agent, parameters, inputs)
+        if args.norm_adv == "minibatch":  # [detail 07]
+            minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
+        return ppo_loss(new, minibatch, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
 
-    def update(theta, adam, batch, start_state, mb_inds, learning_rate, clip_coef):
-        minibatch = [x[mb_inds] for x in batch]
-        if args.lstm:  # the minibatch is time-major, so it begins with the environments at t = 0
-            start_state = start_state[mb_inds[: args.minibatch_size // args.num_steps]]
-        gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, minibatch, start_state, clip_coef)
+    def update(theta, adam, batch: Batch, mb_inds, learning_rate, clip_coef):
+        # an LSTM's minibatch is in order of time, so it begins with its environments at t = 0
+        envs = mb_inds[: args.minibatch_size // args.num_steps] if args.lstm else slice(None)
+        minibatch = Batch(*(x[envs if x is batch.state else mb_inds] for x in batch))
+        gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, minibatch, clip_coef)
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         # Adam (Kingma & Ba 2015, algorithm 1), written out because torch.optim.Adam would break the graph
@@ -741,12 +631,667 @@ def make_update(agent: Agent, args: Args):
     return update
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout and training
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. The arrays are the runner's own: the next rollout overwrites them."""
+
+    obs: np.ndarray  # (T + 1, N, obs_dim) float32, normalized; the last one only for its value
+    actions: np.ndarray  # (T, N, C) the choice of each component, int64; of a Gaussian policy float32, as sampled
+    masks: np.ndarray  # (T, N, C, K) bool: True where a choice is valid
+    first: np.ndarray  # (T + 1, N) bool: the first observation of an episode
+    state: torch.Tensor  # (N, trunks, 2, H) of the LSTM before the first step
+    rewards: np.ndarray  # (T, N) scaled and clipped
+    terminated: np.ndarray  # (T, N) bool: the episode ended in a state without a future
+    truncated: np.ndarray  # (T, N) bool: the episode ended at its time limit
+    valid: np.ndarray  # (T, N) bool: False at steps that only reset
+    episodes: list[tuple[int, float, int]]  # ended: global step, return (raw rewards summed), length
+
+
+def choose(outputs: tuple[np.ndarray, ...], masks: np.ndarray | None, noise: Any) -> np.ndarray:
+    """Samples actions (N, C) from what Agent.policy returns, with noise of draw_noise; the likeliest ones with noise 0.
+
+    masks: (N, C, K), or None where every choice is valid.
+    """
+    if len(outputs) == 2:
+        mean, std = outputs
+        return mean + std * noise
+    logits = outputs[0] if masks is None else np.where(masks, outputs[0], MASKED_LOGIT)  # [aux: action_masks]
+    return (logits + noise).argmax(axis=2)  # the largest of the logits with Gumbel noise is a sample of their distribution
+
+
+def draw_noise(steps: int, num_envs: int, action_shape: tuple[int, int]) -> np.ndarray:
+    """For the steps of a rollout: (T, N, C) normal for a Gaussian policy, else (T, N, C, K) of the Gumbel distribution."""
+    components, choices = action_shape
+    if not choices:
+        return torch.randn(steps, num_envs, components).numpy()
+    return -torch.rand(steps, num_envs, components, choices).clamp(min=1e-30).log().neg().log().numpy()
+
+
+class Runner:
+    """The environments, what is known of their observations and rewards, and the episodes under way."""
+
+    def __init__(self, args: Args):
+        self.args, T, N = args, args.num_steps, args.num_envs
+        check_memory(N, T)
+        seeds = make_seeds(args.seed, 0, N)
+        self.envs, first_obs, info = make_envs(args.env, seeds, args.num_threads, render=args.capture_video)
+        if args.capture_video:
+            draw(self.envs)  # fails now, not after the training
+        self.spaces = Spaces.of(self.envs)
+        if any(index >= self.spaces.obs_dim for index in args.observe):
+            raise UsageError(f"observe is {args.observe}, but {args.env} has {self.spaces.obs_dim} observation components")
+        self.action_map = ActionMap.of(self.spaces.action, args.discretize_actions)
+        obs_dim, (C, K) = len(args.observe) or self.spaces.obs_dim, self.action_map.choices.shape
+        check_memory(N, T, obs_dim, C * (1 + K))
+        self.has_masks = may_have_masks(self.envs, first_obs, info, self.action_map)
+        self.obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
+        self.return_rms = RunningMeanStd(())
+        self.global_step, self.recent_returns = 0, deque[float](maxlen=100)
+        self.raw_obs = np.zeros((T + 1, N, obs_dim))
+        self.obs = np.zeros((T + 1, N, obs_dim), dtype=np.float32)
+        self.actions = np.zeros((T, N, C), dtype=np.int64 if K else np.float32)
+        self.masks = np.tile(self.action_map.real, (T + 1, N, 1, 1))
+        self.rewards = np.zeros((T, N))
+        self.terminated, self.truncated = np.zeros((T, N), dtype=bool), np.zeros((T, N), dtype=bool)
+        self.valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
+        # after the step that ends an episode comes the one that resets, and after that the first one of the next episode
+        self.resets, self.first = np.zeros((T + 1, N), dtype=bool), np.zeros((T + 1, N), dtype=bool)
+
+    def state_dict(self) -> dict:
+        """What survives an iteration and a restart of the environments."""
+        return {
+            "global_step": self.global_step,
+            "obs_rms": self.obs_rms.state_dict(),
+            "return_rms": self.return_rms.state_dict(),
+            "recent_returns": list(self.recent_returns),
+        }
+
+    def load_state_dict(self, state: dict):
+        self.global_step = state["global_step"]
+        self.obs_rms.load_state_dict(state["obs_rms"])
+        self.return_rms.load_state_dict(state["return_rms"])
+        self.recent_returns.extend(state["recent_returns"])
+
+    def restart(self, iteration: int):
+        """New environments, seeded by (seed, iteration) alone, so that a resumed run ends with the same bits."""
+        args, N = self.args, self.args.num_envs
+        self.envs.close()
+        self.envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
+        self.raw_obs[-1] = read_obs(first_obs, self.spaces, args)  # play begins with the last of before
+        self.masks[-1] = read_masks(first_obs, info, self.action_map.real)
+        self.resets[-1], self.first[-1] = False, True
+        self.state: torch.Tensor | None = None  # of the LSTM; none: the agent's initial state
+        if args.norm_obs == "step":
+            self.obs_rms.update(self.raw_obs[-1])
+        self.obs[-1], self.valid[-1] = normalize_obs(self.raw_obs[-1], self.obs_rms, args), True
+        where = f"in iteration {iteration}, step 0"
+        check_finite(f"{args.env} returned", where, observation=self.raw_obs[-1], normalized_observation=self.obs[-1])
+        self.discounted_return, self.episode_return = np.zeros(N), np.zeros(N)
+        self.episode_length = np.zeros(N, dtype=int)
+
+    def play(self, agent: Agent, iteration: int) -> Rollout:
+        """T steps of each environment with the agent's policy."""
+        args, T, N, action_map = self.args, self.args.num_steps, self.args.num_envs, self.action_map
+        raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
+        masks, first, what, where = self.masks, self.first, f"{args.env} returned", f"in iteration {iteration}"
+        for x in (raw_obs, obs, masks, first, self.resets, self.valid):
+            x[0] = x[T]
+        policy, step_envs = numpy_policy(agent), self.envs.step if self.has_masks else make_step(self.envs)
+        state = agent.initial_state(N) if self.state is None else self.state
+        memory = state[:, 0].cpu().numpy()
+        noise, every_choice = draw_noise(T, N, agent.action_shape), not self.has_masks and action_map.real.all()
+        for t in range(T):  # [detail 01]
+            # only the action is needed now; log-probabilities, values and scaled rewards follow for the whole rollout
+            if args.lstm:
+                memory = memory * ~first[t, :, None, None]  # [detail 34]
+            outputs, memory = policy(obs[t], memory)
+            actions[t] = action = choose(outputs, None if every_choice else masks[t], noise[t])
+            step = step_envs(action_map.to_env(action, args.clip_actions))
+            next_obs, rewards[t], self.terminated[t], self.truncated[t], *info = step
+            if self.has_masks:
+                masks[t + 1] = read_masks(next_obs, info[0], action_map.real)
+            raw_obs[t + 1] = read_obs(next_obs, self.spaces, args)
+            self.resets[t + 1], first[t + 1] = self.terminated[t] | self.truncated[t], self.resets[t]
+            if args.norm_obs == "step":
+                self.obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
+            obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
+            if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):  # finite ones may have an infinite sum
+                check_finite(what, f"{where}, step {t}", reward=rewards[t])
+                check_finite(what, f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1])
+        self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
+        rewards[~self.valid[:T]] = 0  # what an environment returns for a reset is no reward
+        # as in baselines of 2017, once per rollout: the actions came from the previous statistics, the update and its old
+        # log-probabilities and values use the new ones
+        if args.norm_obs == "batch":
+            self.obs_rms.update(raw_obs[:T].reshape(T * N, -1))
+            obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
+        episodes, scaled = self.end_episodes(), self.scale_rewards()
+        check_finite(what, where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        ends = self.terminated, self.truncated, self.valid[:T]
+        return Rollout(obs, actions, masks[:T], first, state, scaled, *ends, episodes)
+
+    def scale_rewards(self) -> np.ndarray:
+        """The rewards of this rollout as the learner gets them, (T, N)."""
+        args, rewards = self.args, self.rewards
+        if args.norm_reward:
+            done = self.terminated | self.truncated
+            rewards, self.discounted_return = scale_rewards(
+                rewards, done, self.valid[:-1], self.discounted_return, self.return_rms, args.gamma
+            )
+        return rewards.clip(-args.clip_reward, args.clip_reward)  # [detail 31]
+
+    def end_episodes(self) -> list[tuple[int, float, int]]:
+        """Counts the steps of this rollout; (global step, return, length) of each episode that ended in it."""
+        T, N = self.rewards.shape
+        ended, first_step = [], np.zeros(N, dtype=int)
+        for t, i in np.argwhere(self.terminated | self.truncated):
+            self.episode_return[i] += self.rewards[first_step[i] : t + 1, i].sum()
+            self.episode_length[i] += self.valid[first_step[i] : t + 1, i].sum()
+            ended.append((self.global_step + int(t + 1) * N, float(self.episode_return[i]), int(self.episode_length[i])))
+            self.episode_return[i], self.episode_length[i], first_step[i] = 0, 0, t + 1
+        for i in range(N):  # of the episodes that go on
+            self.episode_return[i] += self.rewards[first_step[i] :, i].sum()
+            self.episode_length[i] += self.valid[first_step[i] : T, i].sum()
+        self.global_step += T * N
+        self.recent_returns.extend(r for _, r, _ in ended)
+        return ended
+
+
+@torch.no_grad()
+def make_batch(agent: Agent, rollout: Rollout, args: Args) -> tuple[Batch, torch.Tensor]:
+    """What the agent thinks of the rollout before it learns from it: log-probabilities, values, advantages.
+
+    Returns the state of the LSTM after the rollout, too.
+    """
+    T, N = rollout.rewards.shape
+    played = (rollout.obs, rollout.actions, rollout.masks, rollout.first.astype(np.float32))
+    obs, action, mask, first = (torch.as_tensor(x).flatten(0, 1).to(args.device) for x in played)
+    old = agent(obs[: T * N], action, mask, first[: T * N], rollout.state)
+    last_value = agent.value(agent.features(obs[T * N :], first[T * N :], old.state))
+    values = torch.cat([old.value, last_value]).view(T + 1, N)
+    steps = (rollout.rewards, rollout.terminated, rollout.truncated, rollout.valid)
+    rewards, terminated, truncated, valid = (torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in steps)
+    advantages = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda, args.bootstrap_truncated)
+    batch = Batch(
+        obs=obs[: T * N],
+        action=action,
+        mask=mask,
+        first=first[: T * N],
+        logprob=old.logprob,
+        value=old.value,
+        advantage=advantages.flatten(),
+        return_=(advantages + values[:-1]).flatten(),
+        valid=valid.flatten(),
+        state=rollout.state,
+    )
+    if args.norm_adv == "batch":
+        batch = batch._replace(advantage=normalize_advantages(batch.advantage, batch.valid))
+    return batch, old.state
+
+
+def explained_variance(batch: Batch) -> float:
+    """Of the returns by the values of the rollout; 1 is perfect, 0 no better than a constant."""
+    centered = batch.return_ - masked_mean(batch.return_, batch.valid)
+    variance = masked_mean(centered**2, batch.valid)
+    residual = batch.return_ - batch.value
+    residual = masked_mean((residual - masked_mean(residual, batch.valid)) ** 2, batch.valid)
+    return (1 - residual / variance).item() if variance > 0 else 0.0
+
+
+def make_order(args: Args) -> torch.Tensor:
+    """The rows of a batch in the order of an epoch (B,): minibatch after minibatch."""
+    if not args.lstm:
+        return torch.randperm(args.batch_size)  # [detail 06]
+    # [detail 35] a minibatch is whole environments in order of time
+    envs = torch.randperm(args.num_envs).view(args.num_minibatches, 1, -1)
+    return (torch.arange(args.num_steps).unsqueeze(1) * args.num_envs + envs).flatten()
+
+
+def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: Args) -> tuple[dict[str, float], int]:
+    """All epochs over a batch: the means of what is logged, and how many epochs there were.
+
+    schedule: what update takes besides, as it is in this iteration: learning rate, clip range.
+    """
+    # tensors, because the compiled function would bake in the first value of a Python number
+    hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in schedule]
+    infos = []
+    for _ in range(args.update_epochs):
+        order = make_order(args).to(args.device)
+        infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
+        if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
+            if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
+                break
+    losses = {key: torch.stack([info[key] for info in infos]).mean().item() for key in infos[0]}  # waits for the device
+    return losses | {"explained_variance": explained_variance(batch)}, len(infos) // args.num_minibatches
+
+
+def make_agent(args: Args, spaces: "Spaces") -> Agent:
+    obs_dim = len(args.observe) or spaces.obs_dim
+    action_shape = ActionMap.of(spaces.action, args.discretize_actions).choices.shape
+    return Agent(obs_dim, action_shape, args.weight_init, args.share_params, args.lstm)
+
+
+def train(args: Args) -> dict:
+    """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 episodes), ..."""
+    run = Run(args)
+    runner = Runner(args)
+    agent = make_agent(args, runner.spaces).to(args.device)
+    theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
+    adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
+    numpy_policy(agent)  # an edit that it does not follow stops here, before anything is written
+
+    def state_dict() -> dict:
+        return {"theta": theta, "adam": adam, **runner.state_dict()}
+
+    first_iteration = run.restore(state_dict(), runner.spaces) + 1
+    if run.checkpoint:
+        runner.load_state_dict(run.checkpoint)
+    run.open(state_dict())
+    update = make_update(agent, args)
+    if not args.lstm:  # its steps, unrolled, take many minutes to compile
+        (update,) = compile_all([update], args)
+    restart = True
+    try:
+        for iteration in range(first_iteration, args.num_iterations + 1):
+            remaining = 1 - (iteration - 1) / args.num_iterations
+            learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [detail 04]
+            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]
+
+            if restart:  # [ours: checkpoint_every] after every checkpoint, so that a resumed run ends with the same bits
+                runner.restart(iteration)
+            rollout = runner.play(agent, iteration)
+            batch, runner.state = make_batch(agent, rollout, args)
+            losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef), args)
+
+            charts = {"learning_rate": learning_rate, "clip_coef": clip_coef, "epochs": epochs}
+            run.log(iteration, runner, charts, losses, rollout.episodes)
+            restart = run.is_checkpoint_due(iteration)
+            if restart:
+                run.save(iteration, state_dict())
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
+    runner.envs.close()
+    return run.finish(runner)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
+
+
+def say(text: str):
+    """A line on the terminal, above the progress bar."""
+    tqdm.tqdm.write(text, sys.stderr)
+
+
+def check_bounds(args: Any):
+    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, kind = getattr(args, name), getattr(hint, "__origin__", hint)
+        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
+            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
+        for words, holds in getattr(hint, "__metadata__", ()):
+            if not holds(value):
+                raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
+    """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
+    needed = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60)
+    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        free = float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    if needed > free:
+        raise UsageError(
+            f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free: lower one of them"
+        )
+
+
+def check_finite(what: str, where: str, **arrays: np.ndarray):
+    """NonFiniteError with the name of the first array that has a NaN or an infinity."""
+    for name, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise NonFiniteError(f"{what} a non-finite {name.replace('_', ' ')} {where}")
+
+
+class RunningMeanStd:
+    """Mean and variance of all data seen, over the first axis, in float64 (Chan et al. 1979)."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.mean, self.m2, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4  # mean 0, variance 1, count 1e-4
+
+    def update(self, x: np.ndarray):
+        """x: (n, *shape), n may be 0."""
+        delta = x - self.mean
+        self.count += len(x)
+        shift = np.add.reduce(delta) / self.count  # has half the overhead of delta.sum(axis=0)
+        self.mean = self.mean + shift
+        self.m2 = self.m2 + np.add.reduce(delta * delta) - shift * shift * self.count
+
+    @property
+    def var(self) -> np.ndarray:
+        return self.m2 / self.count
+
+    def state_dict(self) -> dict:
+        return {"mean": torch.as_tensor(self.mean), "m2": torch.as_tensor(self.m2), "count": float(self.count)}
+
+    def load_state_dict(self, state: dict):
+        self.mean, self.m2, self.count = state["mean"].numpy(), state["m2"].numpy(), state["count"]
+
+
+def normalize_obs(obs: np.ndarray, rms: RunningMeanStd, args: Args) -> np.ndarray:
+    """Normalized (unless switched off) and clipped observations, of the shape of obs, in float32."""
+    if args.norm_obs != "none":
+        obs = (obs - rms.mean) / np.sqrt(rms.var + 1e-8)
+    return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
+
+
+def scale_rewards(
+    rewards: np.ndarray, done: np.ndarray, valid: np.ndarray, discounted_return: np.ndarray, rms: RunningMeanStd, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards (T, N) over the running deviation of the discounted return, and that return (N,) after the last step.
+
+    The return of each environment is ret = ret * gamma + r, zeroed after an episode end; the statistics take in each
+    step's returns before they scale its rewards. Reset steps (valid = 0) stay out.
+    """
+    returns = np.empty_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = discounted_return * gamma + rewards[t]
+        discounted_return = returns[t] * ~done[t]
+    # RunningMeanStd.update after every step t, for all t at once: the sums over steps 0 to t are cumulative sums
+    deltas = (returns - rms.mean) * valid
+    counts = rms.count + valid.sum(axis=1).cumsum()
+    shifts = deltas.sum(axis=1).cumsum() / counts
+    m2s = rms.m2 + (deltas * deltas).sum(axis=1).cumsum() - shifts * shifts * counts
+    rms.mean, rms.m2, rms.count = rms.mean + shifts[-1], m2s[-1], counts[-1]
+    return rewards / np.sqrt(m2s / counts + 1e-8)[:, None], discounted_return  # [detail 30]
+
+
+def find_env(name: str) -> tuple[str, bool]:
+    """Full id of an environment and whether envpool has it. A bare name means version 4, else the newest one."""
+    if ":" in name:
+        if not re.fullmatch(r"[^\W\d][\w.]*:[^:]+", name):
+            raise UsageError(f"unknown environment {name}: an environment of your own is my_module:MyEnv-v0")
+        return name, False
+    known = set(envpool.list_all_envs()) | set(gymnasium.registry)
+    versions = sorted(
+        (id for id in known if re.fullmatch(re.escape(name) + r"-v\d+", id)), key=lambda id: int(id.rsplit("-v", 1)[1])
+    )
+    found = name if name in known else f"{name}-v4" if f"{name}-v4" in versions else versions[-1] if versions else None
+    if found is None:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        own = f"; an environment of your own is my_module:{name}, with the module that registers it"
+        raise UsageError(f"unknown environment {name}; nearest names: {', '.join(near) or 'none'}{own}")
+    return found, found in envpool.list_all_envs()
+
+
+class KeepInfo(gymnasium.Wrapper):
+    """Hands on only those infos that the script reads: others may have any shape, which the vector environment refuses."""
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        return obs, {key: info[key] for key in INFO_KEYS if key in info}
+
+    def step(self, action):
+        *step, info = self.env.step(action)
+        return *step, {key: info[key] for key in INFO_KEYS if key in info}
+
+
+def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = False) -> tuple[Any, Any, dict]:
+    """Vectorized environment, one per seed, freshly reset: (envs, first observations (N, ...), first info).
+
+    envpool where it has the id, else gymnasium.make_vec. Both reset on the *next* step: the step after an episode
+    end ignores its action and returns the first observation of the next episode, with reward 0.
+    """
+    env_id, in_envpool = find_env(name)
+    options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
+    if in_envpool:
+        if render and sys.platform == "linux" and not ctypes.util.find_library("EGL"):
+            raise UsageError("capture_video needs OpenGL: install libEGL (on Debian: apt-get install libegl1)")
+        options |= {"render_width": 320, "render_height": 240} if render else {}
+        options |= {"num_envs": len(seeds), "seed": seeds, "num_threads": min(num_threads, len(seeds))}
+        try:
+            envs: Any = envpool.make(env_id, env_type="gymnasium", **options)
+        except (ImportError, RuntimeError, OSError) as error:
+            raise UsageError(f"cannot make environment {name}: {error}") from error
+    else:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie in the current directory
+        try:
+            envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", wrappers=(KeepInfo,), **options)
+        except (ImportError, gymnasium.error.Error) as error:
+            raise UsageError(f"cannot make environment {name}: {error}") from error
+        except TypeError as error:
+            if not render:
+                raise
+            raise UsageError(f"capture_video needs an environment that draws itself: {error}") from error
+    obs, info = envs.reset(**({} if in_envpool else {"seed": seeds}))
+    if in_envpool and len(info["players"]["env_id"]) != len(seeds):
+        raise UsageError(f"{env_id} is a game of several players; this script trains a single one")
+    return envs, obs, info
+
+
+def make_step(envs):
+    """envs.step without its info: action (N, ...) -> obs (N, ...), reward, terminated, truncated (N,).
+
+    For envpool it calls the C++ layer (private; tested against envs.step): with one environment the Python layers
+    above it take a third of the time of a step.
+    """
+    if not hasattr(envs, "_send") or "obs" not in envs._state_keys:
+        return lambda action: envs.step(action)[:4]
+    ids = envs.all_env_ids
+    dtype = envs.spec.action_array_spec["action"].dtype
+    places = [envs._state_keys.index(key) for key in ("obs", "reward", "done", "trunc")]
+
+    def step(action):
+        envs._send([ids, ids, action.astype(dtype)])  # in the order of _action_keys: env_id, players.env_id, action
+        state = envs._recv()
+        obs, reward, done, truncated = [state[i] for i in places]
+        return obs, reward, done & ~truncated, truncated
+
+    return step
+
+
+def make_seeds(seed: int, iteration: int, count: int) -> list[int]:
+    """Different seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
+    sequence = np.random.SeedSequence([seed, iteration]).generate_state(count + 1) >> 1  # 31 bits
+    random.seed(int(sequence[0]))
+    np.random.seed(int(sequence[0]))
+    torch.manual_seed(int(sequence[0]))
+    return [int(s) for s in sequence[1:]]
+
+
+def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
+    """Observations of N environments as vectors (N, obs_dim), in the order of gymnasium.spaces.flatten_space."""
+    spaces = gymnasium.spaces
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return np.reshape(obs, (len(obs), -1))
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):  # one-hot; sizes (C,), values (N, C)
+        sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        values = np.reshape(obs, (len(obs), -1)) - np.ravel(space.start)
+        vectors = np.zeros((len(obs), sizes.sum()), dtype=np.float32)
+        vectors[np.arange(len(obs))[:, None], values + sizes.cumsum() - sizes] = 1
+        return vectors
+    if isinstance(space, spaces.Dict | spaces.Tuple) and len(space):
+        parts: Any = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        return np.concatenate([flatten_obs(obs[key], part) for key, part in parts], axis=1)
+    raise UsageError(f"observations of {space} have no fixed size: make them a Box with gymnasium.ObservationWrapper")
+
+
+class Spaces(NamedTuple):
+    """What the script reads of an environment's spaces."""
+
+    observation: gymnasium.Space  # without its action mask
+    action: Any
+    obs_dim: int  # of the flattened observation
+
+    @classmethod
+    def of(cls, envs: Any) -> "Spaces":
+        observation, action, spaces = envs.single_observation_space, envs.single_action_space, gymnasium.spaces
+        if not isinstance(action, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            wrap = "make it a Box or MultiDiscrete with gymnasium.ActionWrapper, which no script here does by itself"
+            raise UsageError(f"the action space is {action}; this script needs one without parts: {wrap}")
+        if isinstance(observation, spaces.Dict):
+            observation = spaces.Dict([(key, part) for key, part in observation.items() if key not in MASK_KEYS])
+            if not len(observation):
+                raise UsageError("there is nothing to observe but the action mask: add a Box to the observation")
+        example = gymnasium.vector.utils.create_empty_array(observation, 1, np.zeros)
+        return cls(observation, action, flatten_obs(example, observation).shape[1])
+
+    def describe(self) -> dict[str, str]:
+        return {"observation": str(self.observation), "action": str(self.action)}
+
+
+def read_obs(obs: Any, spaces: Spaces, args: Args) -> np.ndarray:
+    """Observations of N environments as vectors (N, obs_dim), of those components that --observe keeps."""
+    vectors = flatten_obs(obs, spaces.observation)
+    return vectors[:, args.observe] if args.observe else vectors
+
+
+def action_components(space: Any, bins: int | None) -> tuple[list[int], np.ndarray]:
+    """Number of choices of each action component (C,), and what the space holds for each choice (C, K), K the most choices.
+
+    A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value.
+    """
+    spaces = gymnasium.spaces
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is not None:
+        low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
+        if not np.isfinite(high - low).all():
+            raise UsageError(f"the action space {space} has no finite bounds to divide: leave out --discretize-actions")
+        return [bins] * low.size, np.linspace(low, high, bins, axis=1).astype(space.dtype)
+    if bins is not None:
+        raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
+    if isinstance(space, spaces.Discrete):
+        nvec, first = np.array([space.n]), np.array([space.start])
+    elif isinstance(space, spaces.MultiDiscrete):
+        nvec, first = space.nvec.flatten(), space.start.flatten()
+    elif isinstance(space, spaces.MultiBinary):
+        first = np.zeros(math.prod(space.shape), dtype=int)
+        nvec = first + 2
+    else:
+        first = space.low.flatten().astype(int)
+        nvec = space.high.flatten().astype(int) - first + 1
+        if not ((nvec > 0) & (nvec <= 1000)).all():
+            wrap = "make it a Box of floats with gymnasium.ActionWrapper"
+            raise UsageError(f"the action space {space} has components of more than 1000 values: {wrap}")
+    if len(nvec) * float(nvec.max()) > 1e6:
+        wrap = "make it smaller with gymnasium.ActionWrapper"
+        raise UsageError(f"the action space {space} has {len(nvec)} x {nvec.max()} choices, more than a million: {wrap}")
+    return nvec.tolist(), (first[:, None] + np.arange(nvec.max())).astype(space.dtype)
+
+
+class ActionMap(NamedTuple):
+    """What an action of the policy, C choices or C numbers, is to the environment."""
+
+    space: Any
+    choices: np.ndarray  # (C, K) what the space holds for each choice; K = 0: a Gaussian policy
+    real: np.ndarray  # (C, K) bool: False where component c has no choice k
+
+    @classmethod
+    def of(cls, space: Any, bins: int | None) -> "ActionMap":
+        if isinstance(space, gymnasium.spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is None:
+            return cls(space, np.zeros((space.low.size, 0)), np.ones((space.low.size, 0), dtype=bool))
+        nvec, choices = action_components(space, bins)
+        return cls(space, choices, np.arange(max(nvec)) < np.array(nvec)[:, None])
+
+    def to_env(self, action: np.ndarray, clip: bool) -> np.ndarray:
+        """Actions (N, C) of the policy as the environments take them, (N, ...)."""
+        shape = (len(action), *self.space.shape)
+        if self.choices.size:
+            return self.choices[np.arange(len(self.choices)), action].reshape(shape)
+        action = action.reshape(shape)
+        if clip:
+            action = action.clip(self.space.low, self.space.high)  # [detail 27]
+        return action.astype(self.space.dtype, copy=False)
+
+
+def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
+    """Which choices are valid, (N, C, K), from the observation or else the info; real itself where neither says it.
+
+    A mask is an array of all choices, component after component, or a tuple or list with one part for each component. It
+    says 1 for valid and 0 for invalid, or what to add to the logits: 0 for valid and -1e9 or -inf, say, for invalid. real
+    (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a game, all
+    real choices count as valid, so that a distribution exists.
+    """
+    places = [(key, place[key]) for place in (obs, info) if isinstance(place, dict) for key in INFO_KEYS if key in place]
+    if not places:
+        return real
+    key, flat = places[0]
+    if key in INVERSE_KEYS:
+        raise UsageError(f"the environment gives {key}: give its opposite, 1 for what is valid, as action_mask")
+    if isinstance(flat, tuple):  # of the components, in an observation
+        flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in flat], axis=1)
+    if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
+        flat = [np.hstack(list(mask)) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
+    sizes = {np.size(mask) for mask in flat}
+    if sizes != {real.sum()}:
+        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices to mask")
+    flat = np.reshape(flat, (len(flat), -1))
+    masks = np.zeros((len(flat), *real.shape), dtype=bool)
+    masks[:, real] = flat if flat.dtype == bool else as_bool(flat, key)
+    return np.where(masks.any(axis=2, keepdims=True), masks, real)
+
+
+def as_bool(flat: np.ndarray, key: str) -> np.ndarray:
+    """True for the valid ones of the numbers of a mask; UsageError where they may mean something else."""
+    if "mask" not in key and flat.shape[1] == 2:  # both of two choices in a list of those that are valid are 0, 1, too
+        raise UsageError(f"{key} of two numbers may be a mask or a list of actions: give the mask as action_mask")
+    if ((flat == 0) | (flat == 1)).all():
+        return flat == 1
+    if ((flat == 0) | (flat <= -1000)).all():
+        return flat == 0
+    raise UsageError(
+        f"{key} must hold 1 for valid and 0 for invalid actions, or 0 and at most -1000, but holds {np.unique(flat)}"
+    )
+
+
+def may_have_masks(envs: Any, obs: Any, info: dict, action_map: ActionMap) -> bool:
+    """Whether steps may bring masks: envpool's from the start or never, Gymnasium's at any step."""
+    given = read_masks(obs, info, action_map.real) is not action_map.real
+    if hasattr(envs, "_send"):
+        return given
+    if not given and envs.envs[0].has_wrapper_attr("action_masks"):
+        raise UsageError(
+            "the environment has a method action_masks, which is not called: put its result into info['action_mask']"
+        )
+    return True
+
+
+def compile_all(functions: list, args: Args, cuda_graphs: bool = False) -> list:
+    """The functions compiled, if that is wanted and can be done."""
+    if not args.compile:
+        return functions
+    # a compiler (of C++; of C for a GPU) and the headers of Python
+    named, usual = ("CXX", ["g++"]) if args.device == "cpu" else ("CC", ["gcc", "clang"])
+    compilers = os.environ.get(named, "").split()[:1] or usual
+    if not (any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()):
+        say("warning: no compiler or no Python.h found, so the update runs uncompiled, several times slower")
+        return functions
+    say("the first iteration compiles: half a minute the first time, seconds from the cache")
+    torch.compiler.reset()
+    # No guards: they re-check the arguments at every call, a fifth of its time. Here shapes and args never change; a
+    # change would go unnoticed. The C++ wrapper calls the kernels from C++ instead of Python.
+    options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options["deterministic"] = args.device != "cpu"  # kernels chosen without trying them out: the same bits each time
+    options["triton.cudagraphs"] = cuda_graphs
+    # a copy of the options for each, because torch takes the filter out of them
+    return [torch.compile(f, fullgraph=True, dynamic=False, options=dict(options)) for f in functions]
+
+
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """Checkpoint of a file or run directory, and its file. Loads tensors and plain values only, no code."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"there is no checkpoint {file}")
     try:
+        with zipfile.ZipFile(file) as archive:  # torch compresses nothing: what unpacks to more is no checkpoint
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+                raise ValueError("compressed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
@@ -755,14 +1300,45 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     return checkpoint, file
 
 
-def save_checkpoint(file: Path, checkpoint: dict):
-    """Atomic: after a crash at any moment the file is the old checkpoint or the new one."""
+def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkpoint"):
+    """UsageError unless `saved` has the same spaces and all that `expected` has, with tensors of the same sizes."""
+    ours = spaces.describe()
+    if name == "checkpoint" and saved.get("spaces", ours) != ours:
+        raise UsageError(f"the checkpoint was trained on the spaces {saved['spaces']}, but the environment has {ours}")
+    if isinstance(expected, dict | tuple):
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            if not isinstance(saved, type(expected)) or len(saved) <= (key if isinstance(key, int) else 0):
+                raise UsageError(f"the checkpoint is damaged: {name} is no {type(expected).__name__} of {len(expected)}")
+            if isinstance(saved, dict) and key not in saved:
+                raise UsageError(f"the {name} is incomplete: it has no {key}")
+            check_checkpoint(saved[key], expected[key], spaces, f"{name}[{key}]" if isinstance(key, int) else key)
+    elif isinstance(expected, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (expected.shape, expected.dtype):
+            size = tuple(getattr(saved, "shape", ()))
+            raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
+        if saved.is_floating_point() and not saved.isfinite().all():
+            raise UsageError(f"the checkpoint is damaged: {name} is not finite")
+    elif not isinstance(saved, float | int if isinstance(expected, float) else type(expected)):
+        raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
+
+
+def write_atomically(file: Path, data: bytes):
+    """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
     temporary = file.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, file)
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as f:  # x: never through a link that somebody put there
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(args: Args) -> dict:
+    """Settings as JSON can hold them: infinity as text."""
+    return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in dataclasses.asdict(args).items()}
 
 
 def describe_run(args: Args) -> dict:
@@ -772,26 +1348,304 @@ def describe_run(args: Args) -> dict:
         if shutil.which("git")
         else None
     )
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    info = ""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        info = Path("/proc/cpuinfo").read_text()
+    model, family, number = (re.search(rf"{name}\s*: (.*)", info) for name in ("model name", "cpu family", "model\t"))
     versions = {"python": platform.python_version()}
     versions |= {m.__name__: m.__version__ for m in (torch, np, envpool, gymnasium)}
     return {
-        "args": dataclasses.asdict(args),
+        "args": plain(args),
         "script": Path(__file__).name,
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "git_revision": git.stdout.strip() or None if git else None,
         "versions": versions,
-        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "cpu": model.group(1) if model else platform.processor(),
+        # what tells machines apart whose numbers differ: they have other kernels
+        "cpu_kind": f"family {family.group(1)}, model {number.group(1)}" if family and number else platform.machine(),
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None,
     }
 
 
-def can_compile(device: str) -> bool:
-    """Whether torch.compile finds a compiler (of C++; of C for a GPU) and the headers of Python, both of which it needs."""
-    named, usual = ("CXX", ["g++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
-    compilers = os.environ.get(named, "").split()[:1] or usual
-    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+class Run:
+    """Directory, lock, logs, checkpoints, W&B and progress of one training."""
+
+    def __init__(self, args: Args):
+        """Loads the checkpoint to resume, if there is one; writes nothing."""
+        self.args, self.start_time = args, time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.wandb = load_wandb(args) if args.track else None
+        self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
+        if args.resume:
+            self.dir = load_checkpoint(args.resume)[1].parent
+            self.lock()
+            self.checkpoint, _ = load_checkpoint(args.resume)  # under the lock, so that it is the last one
+
+    def lock(self):
+        """One process at a time writes here. The lock is of the directory itself and dies with its process."""
+        directory = os.open(self.dir, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, directory)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UsageError(f"another process is writing {self.dir}: wait for it or stop it first") from error
+
+    def restore(self, state: dict, spaces: Any) -> int:
+        """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
+        self.spaces, saved = spaces, self.checkpoint
+        if saved is None:
+            return 0
+        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {}}, spaces)
+        if self.args.total_timesteps < saved["global_step"]:
+            raise UsageError(
+                f"total_timesteps is {self.args.total_timesteps}, but the run has done {saved['global_step']}: raise it"
+            )
+        for name, size in saved["log_sizes"].items():
+            if not (self.dir / name).is_file() or (self.dir / name).stat().st_size < size:
+                raise UsageError(f"{self.dir / name} is missing or shorter than at the checkpoint: --resume needs it")
+        state["theta"].copy_(saved["theta"])
+        for tensor, value in zip(state["adam"], saved["adam"], strict=True):
+            tensor.copy_(value)
+        return saved["iteration"]
+
+    def make_directory(self):
+        """A new directory, or one in which a run was killed before its first checkpoint."""
+        own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if not set(os.listdir(self.dir)) <= own:
+                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+                remedy = f"--resume {name} continues it, " if resumable else ""
+                raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
+            if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
+                shutil.copy(__file__, self.dir)
+        except OSError as error:
+            raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
+
+    def open(self, state: dict):
+        """Directory, logs, the first checkpoint, W&B, the progress bar."""
+        args, saved = self.args, self.checkpoint or {}
+        if not saved:
+            self.make_directory()
+        self.logs = {name: open(self.dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
+        for name, log in self.logs.items():
+            log.truncate(saved.get("log_sizes", {}).get(name, 0))  # what came after the checkpoint is written again
+            log.seek(0, os.SEEK_END)
+        if not saved:
+            self.write("metrics.jsonl", describe_run(args))
+        self.wandb_id = saved.get("wandb_id") or (os.urandom(4).hex() if self.wandb else None)
+        settled = saved and saved["args"]["total_timesteps"] == args.total_timesteps and saved.get("wandb_id") == self.wandb_id
+        self.first_step, self.first_iteration = state["global_step"], saved.get("iteration", 0) + 1
+        if not settled:
+            self.save(self.first_iteration - 1, state)
+        if self.wandb:
+            open_wandb(self.wandb, args, self.dir, str(self.wandb_id))
+        say(
+            f"{args.env}: {args.num_envs} x {args.num_steps} steps, {args.num_iterations} iterations, update on {args.device}, "
+            f"{args.num_threads} thread(s); run directory {self.dir}"
+        )
+        self.saved_step, self.saved_time = self.first_step, time.perf_counter()
+        self.told_time = self.warm_time = self.saved_time
+        self.warm_step, self.ended_since_save = self.first_step, 0
+        self.bar = tqdm.tqdm(
+            total=args.num_iterations * args.batch_size, initial=self.first_step, unit="step", unit_scale=True, disable=None
+        )
+
+    def write(self, name: str, record: dict):
+        self.logs[name].write(json.dumps(record, allow_nan=False) + "\n")
+
+    def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
+        """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
+        if not all(math.isfinite(x) for x in losses.values()):
+            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        now, step = time.perf_counter(), runner.global_step
+        if iteration == self.first_iteration:  # it compiles
+            self.warm_time, self.warm_step = now, step
+            self.bar.initial, self.bar.start_t = step, time.time()
+        record = {f"charts/{key}": value for key, value in charts.items()}
+        if episodes:
+            record["charts/episodic_return"] = float(np.mean([r for _, r, _ in episodes]))
+            record["charts/episodic_length"] = float(np.mean([length for _, _, length in episodes]))
+        record |= {"charts/SPS": round(self.steps_per_second(step)), "charts/seconds": round(now - self.start_time, 3)}
+        record |= {f"losses/{key}": value for key, value in losses.items()}
+        self.write("metrics.jsonl", {"iteration": iteration, "global_step": step, **record})
+        for global_step, episode, length in episodes:
+            self.write("episodes.jsonl", {"global_step": global_step, "return": episode, "length": length})
+        if self.wandb:
+            self.wandb.log(record, step=step)
+        self.ended_since_save += len(episodes)
+        self.show_progress(step, float(np.mean(runner.recent_returns)) if runner.recent_returns else math.nan)
+
+    def steps_per_second(self, step: int) -> float:
+        """Of this process since its first iteration, which compiles; 0 in the first."""
+        return (step - self.warm_step) / max(time.perf_counter() - self.warm_time, 1e-9)
+
+    def show_progress(self, step: int, episodic_return: float):
+        """The bar of a terminal; without one a line every half minute."""
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {episodic_return:.1f}")
+        total, now = self.args.num_iterations * self.args.batch_size, time.perf_counter()
+        if self.bar.disable and (now - self.told_time > 30 or step == total):
+            self.told_time, rate = now, self.steps_per_second(step) or (step - self.first_step) / (now - self.start_time)
+            left = tqdm.tqdm.format_interval((total - step) / rate)
+            done = f"{step:,} of {total:,} steps ({step / total:.0%})"
+            say(f"{done}, return {episodic_return:.1f}, {rate:,.0f} steps/s, {left} left")
+
+    def is_checkpoint_due(self, iteration: int) -> bool:
+        minutes = (time.perf_counter() - self.saved_time) / 60
+        last = iteration == self.args.num_iterations
+        return last or iteration % self.args.checkpoint_every == 0 or minutes > self.args.checkpoint_minutes
+
+    def save(self, iteration: int, state: dict):
+        """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
+        for log in self.logs.values():
+            log.flush()
+            os.fsync(log.fileno())
+        checkpoint = {
+            "kind": KIND,
+            "args": dataclasses.asdict(self.args),
+            "spaces": self.spaces.describe(),
+            "iteration": iteration,
+            **state,
+            "log_sizes": {name: log.tell() for name, log in self.logs.items()},
+            "wandb_id": self.wandb_id,
+        }
+        data = io.BytesIO()  # torch would hide what a full disk raises
+        torch.save(checkpoint, data)
+        write_atomically(self.dir / "checkpoint.pt", data.getvalue())
+        if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
+            few = f"no episode ended within {self.args.checkpoint_every * self.args.num_steps} steps"
+            say(f"warning: {few}, after which environments start afresh: raise --checkpoint-every")
+        self.saved_step, self.saved_time, self.ended_since_save = state["global_step"], time.perf_counter(), 0
+
+    def how_to_go_on(self, step: int) -> str:
+        lost = f", {step - self.saved_step:,} of which will be played again" if step > self.saved_step else ""
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+        return f"interrupted after {step:,} steps{lost}; go on from step {self.saved_step:,} with: {command}"
+
+    def finish(self, runner: Runner) -> dict:
+        """Reports the training, which is complete and saved, then plays the closing evaluation."""
+        args, now = self.args, time.perf_counter()
+        self.bar.close()
+        for log in self.logs.values():
+            log.close()
+        recent, seconds = runner.recent_returns, now - self.start_time
+        result: dict[str, Any] = {
+            "run_dir": str(self.dir),
+            "global_step": runner.global_step,
+            "episodic_return": float(np.mean(recent)) if recent else math.nan,
+            "episodes": len(recent),
+            "seconds": seconds,
+            "sps": self.steps_per_second(runner.global_step),
+            "sps_with_startup": (runner.global_step - self.first_step) / seconds,
+        }
+        score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
+        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
+        print(
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
+            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
+            flush=True,
+        )
+        result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
+        if self.wandb:
+            log_evaluation(self.wandb, result)
+            self.wandb.finish()
+        self.unlock()
+        return result
+
+
+def load_wandb(args: Args) -> Any:
+    """The module wandb, after checking what can be checked before a run exists."""
+    import wandb
+
+    try:
+        mode: Any = os.environ.get("WANDB_MODE", "online")
+        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
+    except (wandb.errors.Error, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    if mode == "online" and not wandb.login(prompt=False):
+        raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
+    return wandb
+
+
+def open_wandb(wandb: Any, args: Args, run_dir: Path, wandb_id: str):
+    project, config = args.wandb_project_name, dataclasses.asdict(args)
+    try:
+        wandb.init(
+            project=project,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            id=wandb_id,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+        )
+    except wandb.errors.Error as error:  # what only the server knows: that there is no such entity, say
+        without = f"--resume {shlex.quote(str(run_dir))} --no-track goes on without it"
+        raise UsageError(f"Weights & Biases refuses the run: {error}; {without}") from error
+
+
+def log_evaluation(wandb: Any, result: dict):
+    """What the terminal says at the end, in the summary of the W&B run."""
+    wandb.run.summary["final/episodic_return"] = result["episodic_return"]
+    if result["evaluation"].get("returns"):
+        wandb.run.summary["evaluation/return"] = float(np.mean(result["evaluation"]["returns"]))
+        wandb.run.summary["evaluation/std"] = float(np.std(result["evaluation"]["returns"]))
+    gif = Path(result["run_dir"]) / "evaluation.gif"
+    if gif.is_file():
+        wandb.log({"evaluation/video": wandb.Video(str(gif), format="gif")}, step=result["global_step"])
+
+
+def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Generator | None = None):
+    """A trained policy: raw observations of N environments -> actions (N, ...), the likeliest or sampled by rng.
+
+    It also takes the infos, where they hold masks, and which of the N observations begin an episode, where an LSTM has
+    to forget. The N must be the same in all calls.
+    """
+    agent, action_map = make_agent(args, spaces), ActionMap.of(spaces.action, args.discretize_actions)
+    obs_rms = RunningMeanStd((len(args.observe) or spaces.obs_dim,))
+    theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    check_checkpoint(checkpoint, {"theta": theta, "obs_rms": obs_rms.state_dict()}, spaces)
+    nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
+    obs_rms.load_state_dict(checkpoint["obs_rms"])  # frozen from here on
+    network, memory = numpy_policy(agent), agent.initial_state(1)[:, 0].numpy()
+
+    def policy(raw_obs: Any, info: dict | None = None, first: np.ndarray | None = None) -> np.ndarray:
+        nonlocal memory
+        obs = normalize_obs(read_obs(raw_obs, spaces, args), obs_rms, args)
+        if not np.isfinite(obs).all():
+            raise NonFiniteError(f"{args.env} returned a non-finite observation in the evaluation")
+        memory = np.broadcast_to(memory, (len(obs), *memory.shape[1:]))
+        if first is not None:
+            memory = memory * ~first[:, None, None]
+        outputs, memory = network(obs, memory)
+        noise: Any = 0
+        if rng is not None and len(outputs) == 2:
+            noise = rng.standard_normal(outputs[0].shape, dtype=np.float32)
+        elif rng is not None:
+            noise = rng.gumbel(size=outputs[0].shape)
+        return action_map.to_env(choose(outputs, read_masks(raw_obs, info or {}, action_map.real), noise), args.clip_actions)
+
+    return policy
+
+
+def load_policy(path: str | Path, rng: np.random.Generator | None = None):
+    """The policy of a run directory or checkpoint: raw observations of N environments -> actions (N, ...).
+
+    The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
+    """
+    checkpoint, file = load_checkpoint(path)
+    args = load_args(checkpoint, file)
+    envs, *_ = make_envs(args.env, [0], 1)
+    spaces = Spaces.of(envs)
+    envs.close()
+    return make_policy(args, checkpoint, spaces, rng)
 
 
 def draw(envs: Any) -> Image.Image:
@@ -805,376 +1659,147 @@ def draw(envs: Any) -> Image.Image:
         raise UsageError(f"capture_video needs an environment that draws itself, in bytes ({error!r})") from error
 
 
-def evaluate(args: Args, checkpoint: dict) -> dict:
-    """Plays args.eval_episodes episodes, each in an environment of its own, with frozen observation statistics.
+def play_episodes(
+    args: Args, checkpoint: dict, seeds: list[int], rng: np.random.Generator, frames: list | None, problems: list
+):
+    """Plays one episode from each seed, side by side; yields (return, length) of each as it ends.
 
-    Returns {"returns": [...], "lengths": [...], "deterministic": bool}, raw rewards summed and steps, and writes it to
-    args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif beside it.
+    frames takes pictures of the first, at most 2000. Where it cannot be drawn any longer, the episodes go on.
     """
-    drawing = ", drawing the first" if args.capture_video else ""
-    tqdm.tqdm.write(f"playing {args.eval_episodes} episodes to evaluate{drawing}", sys.stderr)
+    N = len(seeds)
+    envs, raw_obs, info = make_envs(args.env, seeds, args.num_threads, render=frames is not None)
+    policy = make_policy(args, checkpoint, Spaces.of(envs), None if args.eval_deterministic else rng)
+    returns, lengths, running = np.zeros(N), np.zeros(N, dtype=int), np.ones(N, dtype=bool)
+    for step in range(args.eval_steps):
+        if frames is not None and running[0] and step % 2 == 0 and len(frames) < 2000:  # every other step, 40 ms each
+            try:
+                frames.append(draw(envs))
+            except UsageError as error:
+                if not frames:
+                    raise
+                problems.append(f"the video ends early: {error}")
+                frames = None
+        action = policy(raw_obs, info)
+        check_finite(f"{args.env} leads to", f"in step {step} of the evaluation", action=action)
+        raw_obs, reward, terminated, truncated, info = envs.step(action)
+        check_finite(f"{args.env} returned", f"in step {step} of the evaluation", reward=reward[running])
+        returns, lengths = returns + np.where(running, reward, 0), lengths + running
+        cut_off = step + 1 == args.eval_steps
+        for i in np.flatnonzero(running & (terminated | truncated | cut_off)):
+            yield float(returns[i]), int(lengths[i])
+        running &= ~(terminated | truncated)
+        if not running.any():
+            break
+    if running.any():
+        say(f"{running.sum()} evaluation episode(s) cut off after --eval-steps {args.eval_steps}")
+    envs.close()
+
+
+def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
+    """Plays args.eval_episodes episodes with frozen observation statistics, at most num_envs at a time.
+
+    Returns {"returns", "lengths", "deterministic", "problems"}, raw rewards summed and steps, and writes it to
+    args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif beside it.
+    closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
+    """
+    say(f"playing {args.eval_episodes} episodes to evaluate{', drawing the first' if args.capture_video else ''}")
     rng = np.random.default_rng([args.seed, 2**31])  # independent of what training draws
     seeds = rng.integers(2**31, size=args.eval_episodes).tolist()
-    envs, raw_obs, info = make_envs(args.env, seeds, args.num_threads, render=args.capture_video)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    nvec, choices = action_components(action_space, args.discretize_actions)
-    real = np.arange(max(nvec)) < np.array(nvec)[:, None]
-    agent = Agent(flatten_obs(raw_obs, obs_space, args.observe).shape[1], nvec, args.weight_init, args.share_params, args.lstm)
-    nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
-    obs_rms = RunningMeanStd(())
-    obs_rms.load_state_dict(checkpoint["obs_rms"])
-    policy, state = numpy_policy(agent), agent.initial_state(len(seeds))[:, 0].numpy()
-    returns, lengths, frames = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int), []
-    running = np.ones(len(seeds), dtype=bool)
-    while running.any():
-        if args.capture_video and running[0] and lengths[0] % 2 == 0:  # every other step, 40 ms each
-            frames.append(draw(envs))
-        obs = normalize_obs(flatten_obs(raw_obs, obs_space, args.observe), obs_rms, args)
-        logits, state = policy(obs, state)
-        logits = np.where(read_masks(raw_obs, info, real), logits.reshape(-1, *real.shape), MASKED_LOGIT)
-        if not args.eval_deterministic:
-            logits = logits + rng.gumbel(size=logits.shape)
-        action = choices[np.arange(len(nvec)), logits.argmax(axis=2)].reshape(len(seeds), *action_space.shape)
-        raw_obs, reward, terminated, truncated, info = envs.step(action)
-        returns += reward * running
-        lengths += running
-        running &= ~(terminated | truncated)
-    envs.close()
-    if args.capture_video:
-        frames[0].save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=frames[1:], duration=40, loop=0)
-    result = {"returns": returns.tolist(), "lengths": lengths.tolist(), "deterministic": args.eval_deterministic}
-    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result) + "\n")
-    return result
-
-
-def train(args: Args) -> dict:
-    """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 episodes), ..."""
-    start_time = time.perf_counter()
-    torch.set_num_threads(args.num_threads)
-    if args.track:
-        import wandb
-
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
-        try:
-            wandb.Settings(project=args.wandb_project_name)
-        except wandb.errors.Error as error:
-            raise UsageError(f"wandb_project_name is {args.wandb_project_name}: {error}") from error
-
-    # the environment's spaces give the sizes of everything below
-    T, N = args.num_steps, args.num_envs
-    envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, 0, N), args.num_threads, render=args.capture_video)
-    if args.capture_video:
-        draw(envs)  # fails now, not after the training
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    obs_dim = flatten_obs(first_obs, obs_space).shape[1]
-    if any(index >= obs_dim for index in args.observe):
-        raise UsageError(f"observe is {args.observe}, but {args.env} has {obs_dim} observation components")
-    obs_dim = len(args.observe) or obs_dim
-    nvec, choices = action_components(action_space, args.discretize_actions)
-    C, K, components = len(nvec), max(nvec), np.arange(len(nvec))  # action components, choices of the largest
-    real = np.arange(K) < np.array(nvec)[:, None]
-    # the fast step of envpool has neither info nor several arrays; Gymnasium's environments may give masks at any step
-    fast_step = hasattr(envs, "_send") and not isinstance(obs_space, gymnasium.spaces.Dict)
-    fast_step &= read_masks(first_obs, info, real) is real
-    agent = Agent(obs_dim, nvec, args.weight_init, args.share_params, args.lstm).to(args.device)
-    theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
-    nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
-    adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
-    return_rms = RunningMeanStd(())
-    update = make_update(agent, args)
-    wanted = args.compile and not args.lstm  # the steps of an LSTM, unrolled, take many minutes to compile
-    compiling = wanted and can_compile(args.device)
-    if wanted and not compiling:
-        tqdm.tqdm.write(
-            "warning: no compiler or no Python.h found, so the update runs uncompiled, several times slower", sys.stderr
-        )
-    elif compiling:
-        # No guards: they re-check the arguments at every call, a fifth of its time. Here shapes and args never change; a
-        # change would go unnoticed. The C++ wrapper calls the kernels from C++ instead of Python.
-        torch.compiler.reset()
-        options: Any = {"cpp_wrapper": args.device == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options["deterministic"] = args.device != "cpu"  # kernels chosen without trying them out: the same bits each time
-        update = torch.compile(update, fullgraph=True, dynamic=False, options=options)
-    start_iteration, global_step, log_sizes = 0, 0, {}
-    recent_returns: deque[float] = deque(maxlen=100)
-
-    checkpoint = None
-    if args.resume:
-        checkpoint, file = load_checkpoint(args.resume)
-        run_dir = file.parent
-        theta.copy_(checkpoint["theta"])
-        for tensor, saved in zip(adam, checkpoint["adam"], strict=True):
-            tensor.copy_(saved)
-        obs_rms.load_state_dict(checkpoint["obs_rms"])
-        return_rms.load_state_dict(checkpoint["return_rms"])
-        start_iteration, global_step, log_sizes = checkpoint["iteration"], checkpoint["global_step"], checkpoint["log_sizes"]
-        for name, size in log_sizes.items():
-            if not (run_dir / name).is_file() or (run_dir / name).stat().st_size < size:
-                raise UsageError(f"{run_dir / name} is missing or shorter than at the checkpoint: --resume needs it")
-        recent_returns.extend(checkpoint["recent_returns"])
-    else:
-        run_dir = Path(args.run_dir)
-        try:
-            run_dir.mkdir(parents=True)
-            shutil.copy(__file__, run_dir)
-        except FileExistsError as error:
-            raise UsageError(f"{run_dir} exists: --resume {run_dir} continues it, another --run-dir starts anew") from error
-        except OSError as error:
-            raise UsageError(f"cannot write the run directory {run_dir}: {error.strerror}") from error
-    logs = {name: open(run_dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
-    for name, log in logs.items():
-        log.truncate(log_sizes.get(name, 0))  # what a killed run wrote after its checkpoint is written again
-        log.seek(0, os.SEEK_END)
-    if not checkpoint:
-        logs["metrics.jsonl"].write(json.dumps(describe_run(args)) + "\n")
-    wandb_id = checkpoint.get("wandb_id") if checkpoint else None
-    if args.track and not wandb_id:
-        wandb_id = os.urandom(4).hex()
-
-    def save(iteration: int):
-        for log in logs.values():
-            log.flush()
-            os.fsync(log.fileno())
-        state = {
-            "kind": KIND,
-            "args": dataclasses.asdict(args),
-            "iteration": iteration,
-            "global_step": global_step,
-            "theta": theta,
-            "adam": adam,
-            "obs_rms": obs_rms.state_dict(),
-            "return_rms": return_rms.state_dict(),
-            "recent_returns": list(recent_returns),
-            "log_sizes": {name: log.tell() for name, log in logs.items()},
-            "wandb_id": wandb_id,
-        }  # no random states: they are set anew from (seed, iteration) after every checkpoint
-        save_checkpoint(run_dir / "checkpoint.pt", state)
-
-    if not checkpoint or checkpoint["args"]["total_timesteps"] != args.total_timesteps:
-        save(start_iteration)
-    if args.track:
-        try:
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                id=wandb_id,
-                resume="allow",
-                dir=run_dir,
-                config=dataclasses.asdict(args),
-            )
-        except wandb.errors.CommError as error:  # what only the server knows: that there is no such entity, say
-            without = f"--resume {run_dir} --no-track goes on without it"
-            raise UsageError(f"Weights & Biases refuses the run: {error}; {without}") from error
-    tqdm.tqdm.write(
-        f"{args.env}: {N} x {T} steps, {args.num_iterations} iterations, update on {args.device}, {args.num_threads} "
-        f"thread(s); run directory {run_dir}",
-        sys.stderr,
-    )
-    raw_obs = np.zeros((T + 1, N, obs_dim))
-    obs = np.zeros((T + 1, N, obs_dim), dtype=np.float32)
-    actions, masks = np.zeros((T, N, C), dtype=np.int64), np.tile(real, (T + 1, N, 1, 1))
-    rewards = np.zeros((T, N))
-    terminated, truncated = np.zeros((T, N), dtype=bool), np.zeros((T, N), dtype=bool)
-    valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
-    # after the step that ends an episode comes the one that resets, and after that the first one of the next episode
-    resets, first = np.zeros((T + 1, N), dtype=bool), np.zeros((T + 1, N), dtype=bool)
-    state = agent.initial_state(N)
-    bar = tqdm.tqdm(total=args.num_iterations * N * T, initial=global_step, unit="step", unit_scale=True, disable=None)
-    first_iteration, first_step_of_process, ended_since_restart = start_iteration + 1, global_step, 0
-    warm_time, warm_step = time.perf_counter(), global_step
-
-    for iteration in range(first_iteration, args.num_iterations + 1):
-        # 1 anneal
-        remaining = 1 - (iteration - 1) / args.num_iterations
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [detail 04]
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]
-
-        # 2 rollout
-        if iteration == first_iteration or (iteration - 1) % args.checkpoint_every == 0:
-            # [ours: checkpoint_every] environments start afresh, so that a resumed run ends with the same bits
-            if iteration > first_iteration and not ended_since_restart:
-                few = f"no episode ended within {args.checkpoint_every * T} steps, after which environments start afresh"
-                tqdm.tqdm.write(f"warning: {few}: raise --checkpoint-every", sys.stderr)
-            ended_since_restart = 0
-            envs.close()
-            envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
-            raw_obs[0] = flatten_obs(first_obs, obs_space, args.observe)
-            masks[0] = read_masks(first_obs, info, real)
-            resets[0], first[0], state = False, True, agent.initial_state(N)
-            if args.norm_obs == "step":
-                obs_rms.update(raw_obs[0])
-            obs[0], valid[0] = normalize_obs(raw_obs[0], obs_rms, args), True
-            discounted_return, episode_return, episode_length = np.zeros(N), np.zeros(N), np.zeros(N, dtype=int)
-        else:
-            raw_obs[0], obs[0], valid[0], masks[0] = raw_obs[T], obs[T], valid[T], masks[T]
-            resets[0], first[0] = resets[T], first[T]
-        step_envs, policy = make_step(envs) if fast_step else envs.step, numpy_policy(agent)
-        start_state, policy_state = state, state[:, 0].cpu().numpy()
-        # the largest of the logits with this noise is a sample of their distribution (Gumbel)
-        noise = -torch.rand(T, N, C, K).clamp(min=1e-30).log().neg().log().numpy()
-        for t in range(T):  # [detail 01]
-            # only the action is needed now; log-probabilities, values and scaled rewards follow for the whole rollout
-            if args.lstm:
-                policy_state = policy_state * ~first[t, :, None, None]  # [detail 34]
-            logits, policy_state = policy(obs[t], policy_state)
-            logits = logits.reshape(N, C, K)
-            if not (fast_step and real.all()):
-                logits = np.where(masks[t], logits, MASKED_LOGIT)  # [aux: action_masks]
-            actions[t] = choice = (logits + noise[t]).argmax(axis=2)
-            action = choices[components, choice].reshape(N, *action_space.shape)
-            next_obs, rewards[t], terminated[t], truncated[t], *step_info = step_envs(action)
-            if not fast_step:
-                masks[t + 1] = read_masks(next_obs, step_info[0], real)
-            raw_obs[t + 1] = flatten_obs(next_obs, obs_space, args.observe)
-            resets[t + 1], first[t + 1] = terminated[t] | truncated[t], resets[t]
-            if args.norm_obs == "step":
-                obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
-            obs[t + 1] = normalize_obs(raw_obs[t + 1], obs_rms, args)
-        for name, x in (("observation", raw_obs), ("reward", rewards)):
-            if not np.isfinite(x).all():
-                t = int(np.argwhere(~np.isfinite(x))[0, 0])
-                raise NonFiniteError(f"{args.env} returned a non-finite {name} in iteration {iteration}, step {t}")
-        done = terminated | truncated
-        valid[1:] = ~(done & args.mask_resets)  # [ours: mask_resets]
-        rewards[~valid[:T]] = 0  # what an environment returns for a reset is no reward
-        # as in baselines of 2017, once per rollout: the actions came from the previous statistics, the update and its old
-        # log-probabilities and values use the new ones
-        if args.norm_obs == "batch":
-            obs_rms.update(raw_obs[:T].reshape(T * N, obs_dim))
-            obs[:] = normalize_obs(raw_obs, obs_rms, args)
-        scaled_rewards = rewards
-        if args.norm_reward:
-            scaled_rewards, discounted_return = scale_rewards(
-                rewards, done, valid[:T], discounted_return, return_rms, args.gamma
-            )
-        scaled_rewards = scaled_rewards.clip(-args.clip_reward, args.clip_reward)  # [detail 31]
-        ended, first_step = [], np.zeros(N, dtype=int)  # (global step, return, length) of each episode
-        for t, i in np.argwhere(done):
-            episode_return[i] += rewards[first_step[i] : t + 1, i].sum()
-            episode_length[i] += valid[first_step[i] : t + 1, i].sum()
-            ended.append((global_step + int(t + 1) * N, float(episode_return[i]), int(episode_length[i])))
-            episode_return[i], episode_length[i], first_step[i] = 0, 0, t + 1
-        for i in range(N):  # of the episodes that go on
-            episode_return[i] += rewards[first_step[i] :, i].sum()
-            episode_length[i] += valid[first_step[i] : T, i].sum()
-        global_step += N * T
-
-        # 3 advantages
-        played = (obs, actions, masks[:T], first.astype(np.float32))
-        b_obs, b_actions, b_masks, b_first = (torch.as_tensor(x).flatten(0, 1).to(args.device) for x in played)
-        with torch.no_grad():
-            b_logprobs, _, b_values, state = agent(b_obs[: T * N], b_actions, b_masks, b_first[: T * N], start_state)
-            last_values = agent.value(b_obs[T * N :], b_first[T * N :], state)
-            values = torch.cat([b_values, last_values]).view(T + 1, N)
-            steps = (scaled_rewards, terminated, truncated, valid[:T])
-            r, term, trunc, v = (torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in steps)
-            advantages = compute_gae(r, values, term, trunc, args.gamma, args.gae_lambda, args.bootstrap_truncated)
-            b_returns, b_advantages, b_valid = (advantages + values[:-1]).flatten(), advantages.flatten(), v.flatten()
-            if args.norm_adv == "batch":
-                b_advantages = normalize_advantages(b_advantages, b_valid)
-        learned = (b_logprobs, b_values, b_advantages, b_returns, b_valid)
-        batch = (b_obs[: T * N], b_actions, b_masks, b_first[: T * N], *learned)
-
-        # 4 update
-        if iteration == first_iteration and compiling:
-            tqdm.tqdm.write("compiling the update: half a minute the first time, seconds from the cache", sys.stderr)
-        # tensors, because the compiled function would bake in the first value of a Python number
-        hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in (learning_rate, clip_coef)]
-        infos = []
-        for _ in range(args.update_epochs):
-            if args.lstm:  # [detail 35] whole environments in order of time; row: the steps of one minibatch
-                order = torch.arange(T)[:, None] * N + torch.randperm(N).view(args.num_minibatches, 1, -1)
-            else:
-                order = torch.randperm(T * N)  # [detail 06]
-            minibatches = order.view(args.num_minibatches, args.minibatch_size).to(args.device)
-            infos += [update(theta, adam, batch, start_state, mb_inds, *hyper) for mb_inds in minibatches]
-            if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
-                if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
-                    break
-
-        # 5 log and save; reading the losses waits for the device
-        losses = {key: torch.stack([info[key] for info in infos]).mean().item() for key in infos[0]}
-        if not all(math.isfinite(x) for x in losses.values()):
-            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
-        variance = masked_mean((b_returns - masked_mean(b_returns, b_valid)) ** 2, b_valid)
-        residual = b_returns - b_values
-        residual = masked_mean((residual - masked_mean(residual, b_valid)) ** 2, b_valid)
-        losses["explained_variance"] = (1 - residual / variance).item() if variance > 0 else 0.0
-        if iteration == first_iteration:
-            warm_time, warm_step = time.perf_counter(), global_step
-        seconds = time.perf_counter() - start_time
-        sps = (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9)  # without start-up and compilation
-        recent_returns.extend(r for _, r, _ in ended)
-        ended_since_restart += len(ended)
-        record = {
-            "charts/learning_rate": learning_rate,
-            "charts/clip_coef": clip_coef,
-            "charts/epochs": len(infos) // args.num_minibatches,
-        }
-        if ended:
-            record["charts/episodic_return"] = float(np.mean([r for _, r, _ in ended]))
-            record["charts/episodic_length"] = float(np.mean([length for _, _, length in ended]))
-        record |= {"charts/SPS": round(sps), "charts/seconds": round(seconds, 3)}
-        record |= {f"losses/{key}": value for key, value in losses.items()}
-        logs["metrics.jsonl"].write(json.dumps({"iteration": iteration, "global_step": global_step, **record}) + "\n")
-        for step, episode, length in ended:
-            logs["episodes.jsonl"].write(json.dumps({"global_step": step, "return": episode, "length": length}) + "\n")
-        if args.track:
-            wandb.log(record, step=global_step)
-        if iteration % args.checkpoint_every == 0 or iteration == args.num_iterations:
-            save(iteration)
-        bar.update(N * T)
-        bar.set_postfix_str(f"return {np.mean(recent_returns) if recent_returns else math.nan:.1f}")
-
-    bar.close()
-    envs.close()
-    seconds = time.perf_counter() - start_time
-    result: dict[str, Any] = {
-        "run_dir": str(run_dir),
-        "global_step": global_step,
-        "episodic_return": float(np.mean(recent_returns)) if recent_returns else math.nan,
-        "episodes": len(recent_returns),
-        "seconds": seconds,
-        "sps": (global_step - warm_step) / max(time.perf_counter() - warm_time, 1e-9),
-        "sps_with_startup": (global_step - first_step_of_process) / seconds,
-    }
-    result["evaluation"] = evaluate(args, load_checkpoint(run_dir)[0]) if args.eval_episodes else {}
-    for log in logs.values():
-        log.close()
-    if args.track:
-        wandb.finish()
-    return result
-
-
-def parse_args() -> tuple[Args, dict | None]:
-    """Arguments of the command line and the checkpoint that they name, whose settings are then the defaults."""
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--resume", default="")
-    named.add_argument("--evaluate", default="")
-    named.add_argument("--device", default="")
-    paths = named.parse_known_args()[0]
-    if paths.resume and paths.evaluate:
-        raise UsageError("resume continues a run, evaluate plays one: give one of them")
-    if not (paths.resume or paths.evaluate):
-        return tyro.cli(Args, description=__doc__, prog=Path(__file__).name), None
-    checkpoint, file = load_checkpoint(paths.resume or paths.evaluate)
+    episodes: list[tuple[float, int]] = []
+    frames: list[Image.Image] = []
+    problems: list[str] = []
     try:
-        settings = checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)}
-        if paths.device:
-            settings["device"] = paths.device
-        elif paths.evaluate and int(settings.get("device", "")[5:] or 0) >= torch.cuda.device_count():
-            settings["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
-        if paths.evaluate and not settings.get("eval_episodes"):
-            settings["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
-        saved = Args(**settings)
-    except TypeError as error:
+        for i in range(0, len(seeds), args.num_envs):
+            drawn = frames if args.capture_video and i == 0 else None
+            for episode in play_episodes(args, checkpoint, seeds[i : i + args.num_envs], rng, drawn, problems):
+                episodes.append(episode)  # one by one: what was played before an error is kept
+    except Exception as error:  # of an environment: any kind
+        if isinstance(error, UsageError) and not (closing or episodes):
+            raise
+        told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
+        problems.append(f"the evaluation stopped after {len(episodes)} of {len(seeds)} episodes: {told}")
+    if frames:
+        first, *others = frames
+        first.save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=others, duration=40, loop=0)
+    result: dict[str, Any] = {"returns": [r for r, _ in episodes], "lengths": [length for _, length in episodes]}
+    result |= {"deterministic": args.eval_deterministic, "problems": problems}
+    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result, allow_nan=False) + "\n")
+    return result
+
+
+# flags that people bring from CleanRL: what they are here, or why there is none
+FOREIGN_FLAGS: dict[str, Any] = {
+    "--env-id": ["--env"],
+    "--cuda": ["--device", "cuda" if torch.cuda.is_available() else "cpu"],
+    "--no-cuda": ["--device", "cpu"],
+    "--no-norm-adv": ["--norm-adv", "none"],
+    "--torch-deterministic": [],  # always
+    "--no-torch-deterministic": "runs are always deterministic: leave it out",
+    "--save-model": [],  # always, as checkpoint.pt
+    "--no-save-model": "the model is always kept, as checkpoint.pt: leave it out",
+    "--exp-name": "use --run-dir, which names the directory of a run",
+    "--upload-model": "nothing is uploaded; --track logs to Weights & Biases",
+    "--hf-entity": "nothing is uploaded; --track logs to Weights & Biases",
+}
+
+
+def translate(words: list[str]) -> list[str]:
+    """A command line as CleanRL takes it, in words of this script: --env-id X, --cuda False, --anneal-lr True, ..."""
+    switches = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(Args) if isinstance(f.default, bool)}
+    switches |= {name for name in FOREIGN_FLAGS if not name.startswith("--no-")}
+    translated: list[str] = []
+    for word in [part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])]:
+        before = translated[-1] if translated else ""
+        name = word.replace("_", "-") if word.startswith("--") else ""
+        if word.lower() in ("true", "false") and before in switches:
+            translated[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        elif word.lower() in ("true", "false") and before == "--norm-adv":
+            translated.append("minibatch" if word.lower() == "true" else "none")
+        else:
+            translated.append(name if name in switches or name in FOREIGN_FLAGS else word)
+    refused = [word for word in translated if isinstance(FOREIGN_FLAGS.get(word), str)]
+    if refused:
+        raise UsageError(f"there is no {refused[0]}: {FOREIGN_FLAGS[refused[0]]}")
+    return [part for word in translated for part in FOREIGN_FLAGS.get(word, [word])]
+
+
+def load_args(checkpoint: dict, file: Path, **changes) -> Args:
+    """Settings of a checkpoint, as a script with its flags reads them."""
+    try:
+        return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
+    except (KeyError, TypeError) as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
-    args = tyro.cli(Args, description=__doc__, prog=Path(__file__).name, default=saved)
-    free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_deterministic", "capture_video"}
-    free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads"}
+
+
+def parse_args(words: list[str]) -> tuple[Args, dict | None]:
+    """Arguments of the command line and the checkpoint that they name, whose settings are then the defaults."""
+    words = translate(words)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--evaluate", "--device", "--env"):
+        named.add_argument(name)
+    given = named.parse_known_args(words)[0]
+    if given.resume is not None and given.evaluate is not None:
+        raise UsageError("resume continues a run, evaluate plays one: give one of them")
+    path = given.evaluate if given.resume is None else given.resume
+    if path is None:
+        return tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name), None
+    if not path:
+        raise UsageError("resume and evaluate need the path of a run directory: the one given is empty")
+    checkpoint, file = load_checkpoint(path)
+    changes = {}
+    if given.device:
+        changes["device"] = given.device
+    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint.get("args", {}).get("device"))):
+        changes["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
+    if given.evaluate and not checkpoint.get("args", {}).get("eval_episodes"):
+        changes["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
+    saved = load_args(checkpoint, file, **changes)
+    if given.evaluate and ":" in saved.env and given.env != saved.env:
+        # a checkpoint is data: it may be somebody else's, and so may the module that lies beside it
+        raise UsageError(f"evaluating runs the code of {saved.env}: if you trust it, add --env {shlex.quote(saved.env)}")
+    args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
+    free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_steps", "eval_deterministic", "capture_video"}
+    free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads", "checkpoint_minutes"}
     changed = [
         f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)
     ]
@@ -1185,41 +1810,43 @@ def parse_args() -> tuple[Args, dict | None]:
     return args, checkpoint
 
 
+def tell_evaluation(args: Args, evaluation: dict):
+    """The closing lines; exit code 1 where something of the evaluation is missing."""
+    returns, lengths, name = evaluation["returns"], evaluation["lengths"], Path(__file__).name
+    if returns:
+        print(
+            f"evaluation, {'likeliest' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
+            f"+- {np.std(returns):.1f}, length {np.mean(lengths):.0f} over {len(returns)} episodes"
+        )
+    if evaluation["problems"]:
+        sys.exit(f"{name}: {'; '.join(evaluation['problems'])}")
+
+
 def main():
-    args = None
+    args, name = None, Path(__file__).name
+    for stream in ("stdout", "stderr"):  # closed by >&-
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
-        args, checkpoint = parse_args()
-        if args.evaluate:
-            assert checkpoint is not None
-            evaluation = evaluate(args, checkpoint)
-        else:
-            result = train(args)
-            evaluation = result["evaluation"]
-            print(
-                f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last "
-                f"{result['episodes']} episodes after {result['global_step']:,} steps in "
-                f"{result['seconds']:.0f} s, {result['sps']:.0f} steps/s "
-                f"({result['sps_with_startup']:.0f} with start-up) on {args.num_threads} thread(s)"
-            )
+        args, checkpoint = parse_args(sys.argv[1:])
+        evaluation = evaluate(args, checkpoint) if checkpoint and args.evaluate else train(args)["evaluation"]
+        print(f"run directory: {args.run_dir}", flush=True)
         if evaluation:
-            returns, lengths = evaluation["returns"], evaluation["lengths"]
-            print(
-                f"evaluation, {'likeliest' if args.eval_deterministic else 'sampled'} actions: return {np.mean(returns):.1f} "
-                f"+- {np.std(returns):.1f}, length {np.mean(lengths):.0f} over {len(returns)} episodes"
-            )
-        print(f"run directory: {args.run_dir}")
+            tell_evaluation(args, evaluation)
     except UsageError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (NonFiniteError, OSError) as error:
+    except (NonFiniteError, OSError, MemoryError) as error:
         file = Path(args.run_dir, "checkpoint.pt") if args else None
         last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
-        print(f"{Path(__file__).name}: stopped: {error}{last}", file=sys.stderr)
+        print(f"{name}: stopped: {error or 'out of memory'}{last}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        where = f"; continue with: python {sys.argv[0]} --resume {args.run_dir}" if args else ""
-        print(f"{Path(__file__).name}: interrupted{where}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        told = [part for part in error.args if isinstance(part, str)]
+        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+            told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
+        print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))
 
 
 if __name__ == "__main__":

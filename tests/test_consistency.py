@@ -6,7 +6,7 @@ and "test" of DETAILS.md.
 
 import ast
 import difflib
-import itertools
+import functools
 import re
 import sys
 from pathlib import Path
@@ -22,16 +22,24 @@ TREE = {name: ast.parse(text) for name, text in TEXT.items()}
 
 # what may differ under the same name, and why
 MAY_DIFFER = {
-    "Args",  # each variant has flags of its own
-    "Agent",  # the networks are what a variant is about
-    "make_envs",  # spaces, wrappers and resets differ
-    "find_env",  # Atari takes the old names of games too
-    "ppo_loss",  # the objective is what a variant is about
-    "make_update",  # batch tensors differ
-    "numpy_policy",  # follows Agent
-    "evaluate",  # follows Agent and make_envs
-    "train",  # the loop
-    "main",  # under torchrun one rank reports
+    "Args": "each variant has flags of its own",
+    "Output": "what a variant's networks say of a step",
+    "Batch": "what a variant's update reads",
+    "Agent": "the networks are what a variant is about",
+    "numpy_policy": "follows Agent.policy",
+    "ppo_loss": "the objective is what a variant is about",
+    "make_update": "follows Batch, and on Atari ranks average gradients",
+    "Rollout": "what a variant's environments give",
+    "Runner": "masks, LSTM states, frames on the device",
+    "make_batch": "follows Rollout and Batch",
+    "learn": "hyperparameters, minibatches of whole environments, ranks",
+    "train": "the state that survives an iteration",
+    "Spaces": "the action spaces of a variant",
+    "make_policy": "follows Agent and Spaces",
+    "make_envs": "Atari's wrappers",
+    "play_episodes": "Atari plays whole games, not lives",
+    "load_policy": "Atari's environments need all settings",
+    "Run": "under torchrun one rank writes",
 }
 # flags that mean something else in a variant, or more
 DIFFERENT_HELP = {"env", "evaluate", "eval_deterministic", "num_envs", "num_minibatches", "clip_policy", "clip_reward"}
@@ -47,13 +55,15 @@ def definitions(script: str) -> dict[str, str]:
 
 
 def args_fields(script: str) -> dict[str, tuple[str, str]]:
-    """Name -> (type, help) of the fields of Args, in order."""
+    """Name -> (type, help) of the fields of Args, in order. The help is the comment at the end of the line or above it."""
     body = next(node for node in TREE[script].body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    fields = {}
-    for node, after in itertools.pairwise(body):
+    lines, fields = TEXT[script].splitlines(), {}
+    for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            doc = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            fields[node.target.id] = (ast.unparse(node.annotation), str(doc))
+            doc, above = lines[node.lineno - 1].partition("  # ")[2], node.lineno - 2
+            while not lines[node.lineno - 1].count("  # ") and lines[above].lstrip().startswith("# "):
+                doc, above = f"{lines[above].strip()[2:]} {doc}".strip(), above - 1
+            fields[node.target.id] = (ast.unparse(node.annotation), doc)
     return fields
 
 
@@ -69,13 +79,28 @@ def stored_diff(variant: str) -> str:
     return "".join(lines)
 
 
-def tags(script: str) -> dict[str, list[int]]:
-    """Tag ("07", "ours: mask_resets") -> lines that carry it in a comment."""
-    found: dict[str, list[int]] = {}
+@functools.cache
+def functions(script: str) -> list[tuple[int, int, str]]:
+    """(first line, last line, name) of the functions of a script, methods as Class.method, the innermost last."""
+    found = []
+    for node in TREE[script].body:
+        methods = [m for m in ast.walk(node) if m is not node and isinstance(m, ast.FunctionDef)]
+        for inner in [node, *(methods if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                name = node.name if inner is node else f"{node.name}.{inner.name}"
+                found.append((inner.lineno, inner.end_lineno or 0, name))
+    return found
+
+
+@functools.cache
+def tags(script: str) -> dict[str, list[str]]:
+    """Tag ("07", "ours: mask_resets") -> functions with a line that carries it in a comment, outside of Args."""
+    found: dict[str, list[str]] = {}
     for number, line in enumerate(TEXT[script].splitlines(), 1):
-        if "#" in line:
-            for tag in re.findall(r"\[(?:detail )?(\d\d|ours: \w+|aux: \w+)\]", line[line.index("#") :]):
-                found.setdefault(tag, []).append(number)
+        for tag in re.findall(r"\[(?:detail )?(\d\d|ours: \w+|aux: \w+)\]", line.partition("#")[2]):
+            name = [name for first, last, name in functions(script) if first <= number <= last][-1]
+            if name != "Args" and name not in found.setdefault(tag, []):
+                found[tag].append(name)
     return found
 
 
@@ -101,9 +126,13 @@ def updated_details(text: str) -> str:
         tag = re.match(r"\| `(\d\d|ours: \w+|aux: \w+)` \|", line)
         if tag:
             cells = line.strip("| ").split(" | ")
-            where = [f"[{s[4:-3]}:{n}]({s}#L{n})" for s in SCRIPTS for n in tags(s).get(tag[1], [])]
+            places: dict[str, list[str]] = {}  # function -> scripts
+            for script in SCRIPTS:
+                for name in tags(script).get(tag[1], []):
+                    places.setdefault(name, []).append(script[4:-3])
+            where = [f"`{name}` ({', '.join(scripts)})" for name, scripts in places.items()]
             names = [n for key, values in tests.items() if key == tag[1] or key.startswith(tag[1] + "_") for n in values]
-            cells[-2:] = [", ".join(where) or "-", "<br>".join(f"`{name}`" for name in names) or "-"]
+            cells[-2:] = ["<br>".join(where) or "-", "<br>".join(f"`{name}`" for name in names) or "-"]
             line = "| " + " | ".join(cells) + " |"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -159,6 +188,33 @@ def test_pep723_block_equals_requirements(script):
     block = re.search(r"^# /// script\n(.*?)^# ///$", TEXT[script], re.M | re.S)
     assert block is not None
     assert re.findall(r'"([^"]+==[^"]+)"', block[1]) == (ROOT / "requirements.txt").read_text().split()
+
+
+def test_surroundings_are_the_same_text():
+    """At least 85% of the lines under that heading stand in the same function of every script."""
+    texts = {script: surroundings(script) for script in SCRIPTS}
+    for script, parts in texts.items():
+        lines = [(name, line) for name, text in parts.items() for line in text.splitlines() if line.strip()]
+        shared = [pair for pair in lines if all(pair[1] in other.get(pair[0], "") for other in texts.values())]
+        assert len(shared) >= 0.85 * len(lines), f"{script}: {len(shared)} of {len(lines)} lines"
+
+
+def surroundings(script: str) -> dict[str, str]:
+    """The definitions below the heading "Surroundings"."""
+    start = TEXT[script].index("\n# Surroundings.")
+    return {name: text for name, text in definitions(script).items() if TEXT[script].find(f"\n{text}") > start}
+
+
+def longest(script: str) -> dict[str, int]:
+    """Lines of each function, methods as Class.method."""
+    classes = {node.name for node in TREE[script].body if isinstance(node, ast.ClassDef)}
+    return {name: last - first + 1 for first, last, name in functions(script) if name not in classes}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_functions_stay_short(script):
+    too_long = {name: n for name, n in longest(script).items() if n > (90 if name == "train" else 60)}
+    assert not too_long
 
 
 @pytest.mark.parametrize("script", VARIANTS)

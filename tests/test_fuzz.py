@@ -715,6 +715,7 @@ def test_every_command_line_ends_in_one_sentence(script, whole, tmp_path):
         if wrong := judge(case, folder, before, ended, out, err):
             end = " | ".join(err.strip().splitlines()[-2:])[-400:]
             failed.append(f"{case}\n    {'; '.join(wrong)}\n    code {ended.code}, {ended.seconds:.0f} s: {end}")
+            print(failed[-1].encode("utf-8", "backslashreplace").decode(), flush=True)
         shutil.rmtree(folder)
     counts = ", ".join(f"{codes.count(code)} with {code}" for code in sorted(set(codes), key=str))
     print(f"{script}: {len(codes)} command lines, {counts}; {len(failed)} failed")

@@ -169,10 +169,35 @@ def test_interrupted_at_random_moments(script, signals, whole, tmp_path):
             step = re.search(r"from step ([\d,]+)", said)
             saved = torch.load(folder / run_dir / "checkpoint.pt", weights_only=True)["global_step"]
             assert step is None or int(step.group(1).replace(",", "")) == saved, err
+            if played := re.search(r"after ([\d,]+) steps(?:, ([\d,]+) of which will be played again)?", said):
+                after, again = (int((group or "0").replace(",", "")) for group in played.groups())
+                assert after - again == saved, err
         if code:
             last = start(script, folder, *next_words(script, folder, run_dir))
             assert last.wait() == 0, last.stderr.read_text()
         assert_same_run(reference, folder / run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_in_the_closing_evaluation(script, whole, tmp_path):
+    """The training is done, saved and reported before; nothing of it is lost."""
+    reference, _ = whole(script)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    child = start(script, folder, *WORDS[script].split(), "--run-dir", "run", "--eval-episodes", "5000")
+    while child.alive() and "playing" not in child.stderr.read_text():
+        time.sleep(0.005)
+    time.sleep(0.2)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130, child.stderr.read_text()
+    assert "Traceback" not in child.stderr.read_text()
+    assert last_line(child).startswith(f"{script}.py: interrupted")
+    assert re.match(r".*, seed 3: return \S+ over the last \d+ episodes after [\d,]+ steps", child.stdout.read_text())
+    assert sorted(path.suffix for path in (folder / "run").iterdir() if path.suffix == ".tmp") == []
+    again = start(script, folder, "--resume", "run", "--eval-episodes", "0")
+    assert again.wait() == 0, again.stderr.read_text()
+    assert_same_run(reference, folder / "run")
 
 
 def catches(pid: int, number: int) -> bool:

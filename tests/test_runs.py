@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -214,7 +215,7 @@ def test_evaluation_against_playing_by_hand():
 def test_evaluate_command_writes_a_gif(command_line):
     train(tiny_args(env="envs:Identity-v0"))
     before = Path("run/checkpoint.pt").read_bytes()
-    code, out, _ = command_line("--evaluate", "run", "--capture-video", "--eval-episodes", 2)
+    code, out, _ = command_line("--evaluate", "run", "--env", "envs:Identity-v0", "--capture-video", "--eval-episodes", 2)
     assert code == 0
     assert "evaluation, likeliest actions: return" in out
     with Image.open("run/evaluation.gif") as gif:
@@ -242,7 +243,7 @@ def test_gif_of_mujoco(command_line):
 
 def test_evaluation_of_a_run_without_one_plays_the_default_number(command_line):
     train(tiny_args(eval_episodes=0))
-    code, out, _ = command_line("--evaluate", "run")
+    code, out, _ = command_line("--evaluate", "run", "--env", "envs:Point-v0")
     assert code == 0
     assert "over 10 episodes" in out
 
@@ -277,7 +278,7 @@ def test_a_run_of_a_gpu_is_evaluated_without_one_but_resumed_only_if_told_to(com
     code, _, err = command_line("--resume", "run", "--total-timesteps", 5 * 64)
     assert code == 2
     assert "device is cuda:1, but torch finds 0 GPU(s) here: use --device cpu" in err
-    assert command_line("--evaluate", "run", "--eval-episodes", 1)[0] == 0
+    assert command_line("--evaluate", "run", "--env", "envs:Point-v0", "--eval-episodes", 1)[0] == 0
     assert command_line("--resume", "run", "--total-timesteps", 5 * 64, "--device", "cpu")[0] == 0
     assert read_checkpoint("run")["args"]["device"] == "cpu"
 
@@ -328,7 +329,12 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on():
     os.kill(child.process.pid, signal.SIGINT)
     assert child.wait() == 130
     err = Path("child.txt").read_text()
-    assert err.splitlines()[-1] == f"ppo_continuous.py: interrupted; continue with: python {SCRIPT} --resume run"
+    said = re.fullmatch(r".*: interrupted after ([\d,]+) steps(.*); go on from step ([\d,]+) with: (.*)", err.splitlines()[-1])
+    assert said is not None
+    reached, lost, saved = (int(x.replace(",", "") or 0) for x in (said[1], re.sub(r"[^\d,]", "", said[2]), said[3]))
+    assert reached - saved == lost
+    assert saved == read_checkpoint("run")["global_step"]
+    assert said[4] == f"python {SCRIPT} --resume run"
     assert "Traceback" not in err
     reached = read_checkpoint("run")["iteration"]
     assert reached >= 2

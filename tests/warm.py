@@ -54,7 +54,8 @@ class Warm:
 
     def __init__(self, name: str, words: list[str], folder: Path, stdout="", stderr="", env=None, limits=None):
         self.stdout, self.stderr = (Path(x or f"{folder}.{y}") for x, y in ((stdout, "out"), (stderr, "err")))
-        self.start = time.monotonic()
+        for path in (self.stdout, self.stderr):
+            path.touch()
         args = (name, words, str(folder.resolve()), env or {}, str(self.stdout), str(self.stderr), limits or {})
         self.process = CONTEXT.Process(target=run_main, args=args)
         self.process.start()

@@ -1,0 +1,63 @@
+"""Environments as users have them; registered when imported, as odd_envs:NAME-v0, with Box or Discrete actions.
+
+A class attribute says what goes wrong, so that a test can change it between two runs.
+"""
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+
+class Odd(gymnasium.Env):
+    """Reward 1 a step, 10 steps an episode, observations drawn from [-1, 1]."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    obs_dim = 4
+    action_dim = 2
+    limit = 10
+    single = False  # only one instance may live
+    alive: ClassVar[int] = 0
+    most_alive: ClassVar[int] = 0
+    info: ClassVar[Any] = None  # step -> info
+    bad: ClassVar[Any] = None  # (step of the process, observation or reward there)
+    steps: ClassVar[int] = 0
+    pictures = 10**9  # that it draws before it fails
+    commands: ClassVar[list] = []
+
+    def __init__(self, discrete: bool = False, render_mode: str | None = None):
+        if Odd.single and Odd.alive:
+            raise RuntimeError("the simulator is running already")
+        Odd.alive += 1
+        Odd.most_alive = max(Odd.most_alive, Odd.alive)
+        self.render_mode = render_mode
+        self.observation_space = Box(-np.inf, np.inf, (Odd.obs_dim,), np.float64)
+        self.action_space: Any = Discrete(Odd.action_dim) if discrete else Box(-1, 1, (Odd.action_dim,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.np_random.uniform(-1, 1, Odd.obs_dim), {}
+
+    def step(self, action):
+        if not np.isfinite(action).all():
+            raise RuntimeError("the simulator got a command that is not finite")
+        Odd.steps += 1
+        self.time += 1
+        obs, reward = self.np_random.uniform(-1, 1, Odd.obs_dim), 1.0
+        if Odd.bad and Odd.steps == Odd.bad[0]:
+            obs, reward = (obs, Odd.bad[2]) if Odd.bad[1] == "reward" else (np.full(Odd.obs_dim, Odd.bad[2]), reward)
+        return obs, reward, self.time >= Odd.limit, False, Odd.info(self.time) if Odd.info else {}
+
+    def render(self):
+        Odd.pictures -= 1
+        return np.zeros((8, 8, 3), np.uint8) if Odd.pictures >= 0 else None
+
+    def close(self):
+        Odd.alive -= 1
+
+
+gymnasium.register("Odd-v0", entry_point="odd_envs:Odd", kwargs={"discrete": False})
+gymnasium.register("OddDiscrete-v0", entry_point="odd_envs:Odd", kwargs={"discrete": True})
+gymnasium.register("odd/Space-v0", entry_point="odd_envs:Odd", kwargs={"discrete": False})

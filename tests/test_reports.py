@@ -1,0 +1,380 @@
+"""What users ran into, by its mechanism: spaces that changed, evaluations that fail, odd infos, locks, disks, foreign flags.
+
+Most tests run the command line of each script that takes the environment, in this process.
+"""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_continuous
+from helpers import read_checkpoint, read_jsonl, tiny_flags
+from odd_envs import Odd
+
+ENVS = {"ppo_continuous": "Odd-v0", "ppo_kl_penalty": "Odd-v0", "ppo_shared_params": "OddDiscrete-v0"}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Every test starts with the environment as it is written."""
+    for name in ("obs_dim", "action_dim", "limit", "single", "info", "bad", "steps", "pictures", "alive", "most_alive"):
+        monkeypatch.setattr(Odd, name, getattr(Odd, name))
+
+
+@pytest.fixture(params=ENVS)
+def cli(request, monkeypatch, capsys):
+    """words -> exit code, stdout, stderr of a script; cli.flags(...) are those of a short run, cli.env its environment."""
+    script = importlib.import_module(request.param)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [f"{request.param}.py", *map(str, words)])
+        code: object = 0
+        try:
+            script.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # what the interpreter prints
+            code, err = 1, f"{err}{code}\n"
+        assert "Traceback" not in err
+        assert not list(Path().rglob("*.tmp"))
+        return code or 0, out, err
+
+    run.env = f"odd_envs:{ENVS[request.param]}"
+    run.flags = lambda run_dir="run", **changes: tiny_flags(run_dir, **{"env": run.env} | changes)
+    run.script = script
+    run.evaluate = lambda *words: run("--evaluate", "run", "--env", run.env, *words)
+    return run
+
+
+# A: spaces and checkpoints
+
+
+@pytest.mark.parametrize(("name", "size"), [("obs_dim", 3), ("obs_dim", 9), ("action_dim", 1), ("action_dim", 5)])
+def test_other_spaces_than_those_of_the_training_are_refused(cli, monkeypatch, name, size):
+    assert cli(*cli.flags(eval_episodes=1))[0] == 0
+    before = Path("run/evaluation.json").read_bytes()
+    monkeypatch.setattr(Odd, name, size)
+    for words in (["--evaluate", "run", "--env", cli.env], ["--resume", "run", "--total-timesteps", 640]):
+        code, out, err = cli(*words)
+        assert (code, out) == (2, "")
+        assert "the checkpoint was trained on the spaces" in err
+        assert "but the environment has" in err
+    assert Path("run/evaluation.json").read_bytes() == before
+
+
+def change(checkpoint, what):
+    if what == "no return_rms":
+        del checkpoint["return_rms"]
+    elif what == "no mean":
+        del checkpoint["obs_rms"]["mean"]
+    elif what == "short theta":
+        checkpoint["theta"] = checkpoint["theta"][:-1]
+    elif what == "one moment":
+        checkpoint["adam"] = checkpoint["adam"][:1]
+    elif what == "text for a number":
+        checkpoint["global_step"] = "many"
+    elif what == "NaN":
+        checkpoint["theta"][3] = math.nan
+    elif what == "device":
+        checkpoint["args"]["device"] = "cuda:7"
+    elif what == "type of a setting":
+        checkpoint["args"]["gamma"] = "high"
+    elif what == "no args":
+        del checkpoint["args"]
+    return checkpoint
+
+
+DAMAGES = ["no return_rms", "no mean", "short theta", "one moment", "text for a number", "NaN", "device", "no args"]
+
+
+@pytest.mark.parametrize("what", [*DAMAGES, "type of a setting"])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(cli, what):
+    cli(*cli.flags())
+    torch.save(change(read_checkpoint("run"), what), "run/checkpoint.pt")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    code, _, err = cli("--resume", "run", "--total-timesteps", 640)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_checkpoint_that_unpacks_to_much_more_is_refused(cli):
+    cli(*cli.flags())
+    with zipfile.ZipFile("run/checkpoint.pt") as old, zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry.filename))
+        new.writestr("checkpoint/data/99", bytes(50_000_000))
+    code, _, err = cli("--evaluate", "bomb.pt", "--env", cli.env)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not a readable checkpoint" in err
+
+
+# B: the closing evaluation
+
+
+def test_an_episode_that_never_ends_is_cut_off(cli, monkeypatch):
+    monkeypatch.setattr(Odd, "limit", 10**9)
+    code, out, err = cli(*cli.flags(eval_episodes=3, eval_steps=50, num_envs=2))
+    assert code == 0
+    assert out.index("steps/s") < out.index("evaluation, ")
+    assert "cut off after --eval-steps 50" in err
+    evaluation = json.loads(Path("run/evaluation.json").read_text())
+    assert evaluation["returns"] == [50.0] * 3
+    assert evaluation["lengths"] == [50] * 3
+
+
+def test_a_simulator_of_one_instance_is_evaluated(cli, monkeypatch):
+    monkeypatch.setattr(Odd, "single", True)
+    code, out, _ = cli(*cli.flags(eval_episodes=3, num_envs=1, num_steps=64))
+    assert code == 0
+    assert "over 3 episodes" in out
+    assert Odd.most_alive == 1
+    assert Odd.alive == 0
+
+
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_a_video_that_fails_half_way_keeps_the_returns(cli, monkeypatch, pictures):
+    cli(*cli.flags())
+    monkeypatch.setattr(Odd, "pictures", pictures)
+    code, out, err = cli(*cli.flags("other", eval_episodes=2, capture_video=True))
+    if pictures == 0:  # noticed before the training
+        assert code == 2
+        return
+    assert code == 1
+    assert "the video ends early" in err
+    assert out.index("steps/s") < out.index("evaluation, ")
+    assert json.loads(Path("other/evaluation.json").read_text())["returns"] == [10.0, 10.0]
+    assert Path("other/evaluation.gif").is_file()
+
+
+@pytest.mark.parametrize(("where", "value"), [("reward", math.nan), ("observation", math.nan), ("reward", math.inf)])
+def test_a_number_that_is_not_finite_stops_the_evaluation_alone(cli, monkeypatch, where, value):
+    sizes = {"num_envs": 1, "num_steps": 64, "num_minibatches": 2}
+    flags = cli.flags(eval_episodes=4, **sizes)
+    assert cli(*cli.flags("count", **sizes))[0] == 0
+    steps = Odd.steps  # of the training
+    monkeypatch.setattr(Odd, "steps", 0)
+    monkeypatch.setattr(Odd, "bad", (steps + 25, where, value))
+    code, out, err = cli(*flags)
+    assert code == 1
+    assert "4 episodes" not in out
+    assert "the evaluation stopped after 2 of 4 episodes" in err
+    assert out.index("steps/s") < out.index("evaluation, ")
+    text = Path("run/evaluation.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["returns"] == [10.0, 10.0]
+    assert read_checkpoint("run")["iteration"] == 4
+
+
+# C: infos
+
+
+@pytest.mark.parametrize(
+    "info", [lambda t: {"path": np.zeros(t)}, lambda t: {"x": 1 if t % 2 else "text"}, lambda t: {"y": {t: t}}]
+)
+def test_infos_that_nobody_reads_may_have_any_shape(cli, monkeypatch, info):
+    monkeypatch.setattr(Odd, "info", staticmethod(info))
+    assert cli(*cli.flags(eval_episodes=2))[0] == 0
+
+
+# D: numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e160])
+@pytest.mark.parametrize("where", ["observation", "reward"])
+def test_it_is_noticed_before_it_reaches_environment_or_parameters(cli, monkeypatch, where, value):
+    if value == 1e160 and where == "reward":
+        pytest.skip("a large reward is a number")
+    monkeypatch.setattr(Odd, "bad", (100, where, value))
+    code, _, err = cli(*cli.flags(checkpoint_every=1, norm_obs="step", clip_obs=10.0))
+    assert code == 1
+    assert "non-finite" in err
+    assert "in iteration 2" in err
+    assert Odd.steps <= 102  # the environments of the same step, none after
+    assert read_checkpoint("run")["iteration"] == 1
+    assert "NaN" not in Path("run/metrics.jsonl").read_text()
+
+
+# E: settings that learn nothing, or start what was not meant
+
+
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+def test_minibatches_of_one_step_cannot_be_normalized(cli, norm_adv):
+    sizes = {
+        "num_envs": 1,
+        "num_steps": 8 if norm_adv == "minibatch" else 1,
+        "num_minibatches": 8 if norm_adv == "minibatch" else 1,
+    }
+    code, _, err = cli(*cli.flags(norm_adv=norm_adv, **sizes))
+    assert code == 2
+    assert "makes the advantage of a single step 0" in err
+    assert cli(*cli.flags(norm_adv="none", **sizes, total_timesteps=16))[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_an_empty_path_starts_nothing(cli, flag):
+    code, _, err = cli(*cli.flags(), flag, "")
+    assert code == 2
+    assert "is empty" in err
+    assert os.listdir() == []
+
+
+def test_a_run_cannot_be_shortened_below_what_is_done(cli):
+    cli(*cli.flags())
+    code, _, err = cli("--resume", "run", "--total-timesteps", 128)
+    assert code == 2
+    assert "the run has done 256" in err
+    assert read_checkpoint("run")["args"]["total_timesteps"] == 256
+
+
+# F: one run directory, one process
+
+
+def test_a_second_process_is_refused_while_the_first_one_writes(cli):
+    cli(*cli.flags())
+    run = object.__new__(cli.script.Run)
+    run.dir = Path("run")
+    run.lock()
+    code, _, err = cli("--resume", "run", "--total-timesteps", 640)
+    assert code == 2
+    assert "another process is writing run" in err
+    run.unlock()
+    assert cli("--resume", "run", "--total-timesteps", 640)[0] == 0
+    assert len(read_jsonl("run/metrics.jsonl")) == 11
+
+
+def test_names_of_two_runs_of_one_second_differ():
+    names = {ppo_continuous.Args().run_dir for _ in range(20)}
+    assert len(names) == 20
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(cli):
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("{")
+    Path("run/checkpoint.tmp").write_text("half")
+    assert cli(*cli.flags())[0] == 0
+    assert len(read_jsonl("run/metrics.jsonl")) == 5
+    Path("other").mkdir()
+    Path("other/thesis.tex").write_text("precious")
+    code, _, err = cli(*cli.flags("other"))
+    assert code == 2
+    assert "other exists: another --run-dir starts anew" in err
+
+
+# G: disks and streams
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(cli, monkeypatch):
+    real = os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint.tmp") and Path("run/checkpoint.pt").exists():
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = cli(*cli.flags(checkpoint_every=1))
+    assert code == 1
+    assert "No space left on device; the last checkpoint is run/checkpoint.pt" in err
+    assert read_checkpoint("run")["iteration"] == 0
+
+
+def test_a_checkpoint_is_never_written_through_a_link():
+    Path("precious").write_text("keep")
+    Path("a.tmp").symlink_to("precious")
+    ppo_continuous.write_atomically(Path("a.pt"), b"new")
+    assert Path("precious").read_text() == "keep"
+    assert Path("a.pt").read_bytes() == b"new"
+    assert not Path("a.tmp").exists()
+
+
+def test_closed_streams():
+    words = " ".join(tiny_flags(eval_episodes=1))
+    done = subprocess.run(f"{sys.executable} {ppo_continuous.__file__} {words} >&- 2>&-", shell=True, check=False)
+    assert done.returncode == 0
+    assert read_checkpoint("run")["iteration"] == 4
+
+
+# I: sizes beyond the machine
+
+
+@pytest.mark.parametrize("name", ["num_envs", "num_steps", "eval_episodes", "num_threads", "update_epochs", "eval_steps"])
+@pytest.mark.parametrize("size", [10**8, 10**12, 2**31, 2**63])
+def test_sizes_beyond_the_machine_are_refused(cli, name, size):
+    if name in ("update_epochs", "eval_steps") and size < 2**31:
+        pytest.skip("takes long, but can be done")
+    code, _, err = cli(*cli.flags(**{name: size, "total_timesteps": 10**30}))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert os.listdir() == []
+
+
+# J: what does not fit says where to go
+
+
+def test_an_environment_of_ones_own_is_found_by_its_hint(cli):
+    code, _, err = cli("--env", "Point-v0")
+    assert code == 2
+    assert "my_module:Point-v0" in err
+
+
+def test_a_namespace_makes_no_nested_directory():
+    args = ppo_continuous.Args(env="odd_envs:odd/Space-v0")
+    assert Path(args.run_dir).parent == Path("runs")
+
+
+# L: trust
+
+
+def test_evaluating_a_checkpoint_imports_no_module_that_only_it_names(cli):
+    cli(*cli.flags())
+    checkpoint = read_checkpoint("run")
+    checkpoint["args"]["env"] = "evil:Env-v0"
+    torch.save(checkpoint, "run/checkpoint.pt")
+    Path("evil.py").write_text("open('pwned', 'w').close()\n")
+    code, _, err = cli("--evaluate", "run")
+    assert code == 2
+    assert "add --env evil:Env-v0" in err
+    assert not Path("pwned").exists()
+
+
+# N: seeing what happens
+
+
+def test_without_a_terminal_the_progress_is_told(cli, monkeypatch):
+    code, out, err = cli(*cli.flags())
+    assert code == 0
+    assert "256 of 256 steps (100%)" in err
+    assert "steps/s" in out
+    assert " 0 steps/s" not in out
+
+
+def test_a_run_of_one_iteration_says_its_speed(cli):
+    _, out, _ = cli(*cli.flags(total_timesteps=64))
+    assert " 0 steps/s" not in out
+    assert "steps/s with start-up" in out
+
+
+# P: the header tells machines apart; JSON holds no infinity
+
+
+def test_the_header_is_strict_json_and_names_the_kind_of_cpu(cli):
+    cli(*cli.flags(clip_reward=math.inf, max_grad_norm=math.inf))
+    line = Path("run/metrics.jsonl").read_text().splitlines()[0]
+    assert "Infinity" not in line
+    header = json.loads(line)
+    assert header["args"]["clip_reward"] == "inf"
+    assert header["cpu_kernels"] == torch.backends.cpu.get_cpu_capability()
+    assert header["cpu_kind"]
