@@ -50,6 +50,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import weakref
 import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -1492,7 +1493,7 @@ class Run:
         self.args, self.start_time = args, time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
-        self.dir, self.checkpoint, self.saved_step, self.lock_fd = Path(args.run_dir), None, 0, -1
+        self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
         if args.resume:
             self.dir = load_checkpoint(args.resume)[1].parent
             self.lock()
@@ -1500,9 +1501,10 @@ class Run:
 
     def lock(self):
         """One process at a time writes here. The lock is of the directory itself and dies with its process."""
-        self.lock_fd = os.open(self.dir, os.O_RDONLY)
+        directory = os.open(self.dir, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, directory)
         try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -1533,9 +1535,8 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
             if not set(os.listdir(self.dir)) <= own:
-                remedy = (
-                    f"--resume {shlex.quote(str(self.dir))} continues it, " if (self.dir / "checkpoint.pt").is_file() else ""
-                )
+                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+                remedy = f"--resume {name} continues it, " if resumable else ""
                 raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
@@ -1670,20 +1671,18 @@ class Run:
             "sps": self.steps_per_second(runner.global_step),
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
-        speed = f"{result['sps_with_startup']:.0f} steps/s with start-up"
-        if result["sps"]:
-            speed = f"{result['sps']:.0f} steps/s, {speed.replace(' steps/s', '')},"
+        score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
+        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
         print(
-            f"{args.env}, seed {args.seed}: return {result['episodic_return']:.1f} over the last {len(recent)} episodes "
-            f"after {runner.global_step:,} steps in {seconds:.0f} s, "
-            f"{speed} on {args.num_threads} thread(s)",
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
+            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
             self.wandb.finish()
-        os.close(self.lock_fd)
+        self.unlock()
         return result
 
 
@@ -1691,12 +1690,14 @@ def load_wandb(args: Args) -> Any:
     """The module wandb, after checking what can be checked before a run exists."""
     import wandb
 
-    try:
-        mode: Any = os.environ.get("WANDB_MODE", "online")
-        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
     if mode == "online" and not wandb.login(prompt=False):
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
@@ -1876,7 +1877,9 @@ def main():
         sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        print(f"{name}: {told[0] if told else 'interrupted; nothing is lost but what was going on'}", file=sys.stderr)
+        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+            told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
+        print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))
 
 
