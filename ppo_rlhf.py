@@ -1,7 +1,7 @@
 """PPO (Schulman et al. 2017) for language models: a token is an action, a reward model or function scores the response.
 
     python ppo_rlhf.py                                        # human ratings -> reward model -> PPO, on one core
-    python ppo_rlhf.py --reward my_module:score --data my_texts.txt --track
+    python ppo_rlhf.py --env my_module:score --data my_texts.txt --track
     python ppo_rlhf.py --evaluate runs/NAME
 
 The first command trains everything itself: a byte-level BPE, a small GPT, a reward model on real human ratings, then PPO.
@@ -75,6 +75,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 import tyro
@@ -138,7 +139,7 @@ class Args:
 
     # PPO
     learning_rate: Positive = 5e-4  # Adam step size, above 0; for a large pretrained model 3e-6
-    num_envs: Count = 64  # responses per iteration (N)
+    num_envs: Count = 64  # responses per iteration (N); under torchrun of each rank
     num_steps: Count = 32  # tokens of a response, at most (T)
     gamma: Fraction = 1.0  # [rlhf 08] discount, 0 to 1
     gae_lambda: Fraction = 0.95  # [rlhf 08] lambda of generalized advantage estimation, 0 to 1; 1: Monte Carlo
@@ -191,12 +192,20 @@ class Args:
     num_threads: Cores = 1  # CPU threads of torch, at least 1
 
     @property
+    def world_size(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+
+    @property
+    def rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))
+
+    @property
     def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
+        return self.num_envs * self.num_steps * self.world_size
 
     @property
     def minibatch_size(self) -> int:
-        return self.num_envs // self.num_minibatches  # responses
+        return self.num_envs // self.num_minibatches  # responses of a rank
 
     @property
     def num_iterations(self) -> int:
@@ -215,7 +224,7 @@ class Args:
             )
         if self.num_iterations < 1:
             raise UsageError(
-                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps = "
+                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps * ranks = "
                 f"{self.batch_size} steps: raise it or shorten the rollout"
             )
         if self.width % 32:
@@ -224,9 +233,13 @@ class Args:
             raise UsageError(f"vocabulary is {self.vocabulary}: it must be at least 259, the bytes and three marks")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
-        gpus = torch.cuda.device_count()
-        if self.device != "cpu" and int(self.device[5:] or 0) >= gpus:
+        gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
+        if self.device != "cpu" and int(self.device[5:] or local_rank) >= gpus:
             raise UsageError(f"device is {self.device}, but torch finds {gpus} GPU(s) here: use --device cpu")
+        if ":" in self.device and self.world_size > 1:
+            raise UsageError(f"device is {self.device}: under torchrun say cuda, and each rank takes its own GPU")
+        if self.evaluate and self.world_size > 1:
+            raise UsageError("evaluate runs in one process: start it with python, not with torchrun")
         if self.evaluate and self.eval_episodes < 1:
             raise UsageError("evaluate answers prompts: set eval_episodes to at least 1")
         find_score(self)
@@ -591,6 +604,8 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         if args.norm_adv == "minibatch":  # [rlhf 07]
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
         gradient, info = compute_gradient(minibatch, clip_coef, warmup)
+        if args.world_size > 1:
+            gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
         if args.ptx_coef:  # [rlhf 33]
             rows = [texts[i] for i in torch.randint(len(texts), (len(mb_inds),)).tolist()]
             gradient = gradient + flat_gradient(args.ptx_coef * language_loss(agent.lm, *pad_rows(rows, False, args.device)))
@@ -609,6 +624,17 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
     return update
 
 
+def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean of the gradients (P,) of all ranks, weighted by their numbers of valid steps; valid: (minibatch_size,).
+
+    It is the gradient of the mean over the valid steps of all ranks. With --norm-adv each rank normalizes its own.
+    """
+    weight = valid.sum()
+    total = torch.cat([gradient * weight, weight[None]])
+    dist.all_reduce(total)
+    return total[:-1] / total[-1].clamp(min=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout and training
 
@@ -620,7 +646,7 @@ class Rollout(NamedTuple):
     scores: torch.Tensor  # (N,) what is learned from: normalized, clipped, and that of --no-eos-score where there is no end
     ended: torch.Tensor  # (N,) bool: has an end token
     texts: list[tuple[str, str, float]]  # prompt, response, normalized score
-    episodes: list[tuple[int, float, int]]  # global step, normalized score, tokens of the response
+    episodes: list[tuple[int, float, int]]  # of all ranks: global step, normalized score, tokens of the response
 
 
 class Runner:
@@ -644,9 +670,13 @@ class Runner:
     def state_dict(self) -> dict:
         """What survives an iteration. All random numbers are drawn anew from (seed, iteration)."""
         names = ("global_step", "kl_coef", "score_mean", "score_std")
-        return {name: getattr(self, name) for name in names} | {"recent_returns": list(self.recent_returns)}
+        state = {name: getattr(self, name) for name in names}
+        return state | {"recent_returns": list(self.recent_returns), "world_size": self.args.world_size}
 
     def load_state_dict(self, state: dict):
+        if state["world_size"] != self.args.world_size and not self.args.evaluate:
+            ranks = f"the run has {state['world_size']} rank(s), not {self.args.world_size}"
+            raise UsageError(f"{ranks}: resume it with as many")
         for name in ("global_step", "kl_coef", "score_mean", "score_std"):
             setattr(self, name, state[name])
         self.recent_returns.extend(state["recent_returns"])
@@ -660,48 +690,51 @@ class Runner:
             self.score_mean, self.score_std = float(np.mean(scores)), float(np.std(scores)) or 1.0
 
     def pick_prompts(self, iteration: int) -> list[list[int]]:
-        """Prompts of an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
-        N, count = self.args.num_envs, len(self.prompts)
+        """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
+        N, count = self.args.num_envs * self.args.world_size, len(self.prompts)
         places = range((iteration - 1) * N, iteration * N)
-        orders = {
-            epoch: np.random.default_rng([self.args.seed, 1, epoch]).permutation(count)
-            for epoch in {i // count for i in places}
-        }
+        epochs = {i // count for i in places}
+        orders = {epoch: np.random.default_rng([self.args.seed, 1, epoch]).permutation(count) for epoch in epochs}
         return [self.prompts[orders[i // count][i % count]] for i in places]
 
-    def respond(self, agent: Agent, rows: list[list[int]], rng: np.random.Generator) -> Rollout:
-        """Responses of the agent to prompts, and their scores."""
+    def respond(self, agent: Agent, rows: list[list[int]], rng: np.random.Generator, mine: slice = slice(None)) -> Rollout:
+        """Responses of the agent to those prompts of all ranks that are mine, and their scores."""
         args = self.args
-        uniform = torch.as_tensor(rng.random((len(rows), args.num_steps))).to(args.device)
-        responses = generate(agent, *pad_rows(rows, True, args.device), uniform, args.stop_at_eos)
+        uniform = torch.as_tensor(rng.random((len(rows), args.num_steps))[mine]).to(args.device)
+        responses = generate(agent, *pad_rows(rows[mine], True, args.device), uniform, args.stop_at_eos)
         P = responses.tokens.shape[1] - responses.valid.shape[1]
-        lengths = responses.valid.sum(1)
-        tokens, ended = responses.tokens[:, P:], ((responses.tokens[:, P:] == agent.lm.eos) & responses.valid).any(1)
-        answers = [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        prompts = [self.tokenizer.decode(row) for row in rows]
+        tokens, lengths = responses.tokens[:, P:], responses.valid.sum(1).tolist()
+        ended = ((tokens == agent.lm.eos) & responses.valid).any(1)
+        answers = [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        prompts = [self.tokenizer.decode(row) for row in rows[mine]]
         raw = torch.tensor(call_score(args.env, self.score, prompts, answers), dtype=torch.float64)
         normalized = ((raw - self.score_mean) / self.score_std).clamp(-args.score_clip, args.score_clip)  # [rlhf 05] [rlhf 32]
         scores = normalized.float().to(args.device)
         if args.no_eos_score is not None:  # [rlhf 17]
             scores = torch.where(ended, scores, args.no_eos_score)
-        steps = range(self.global_step + 1, self.global_step + 1 + len(rows))
-        episodes = list(zip(steps, normalized.tolist(), lengths.tolist(), strict=True))
-        return Rollout(responses, scores, ended, list(zip(prompts, answers, normalized.tolist(), strict=True)), episodes)
+        return Rollout(responses, scores, ended, list(zip(prompts, answers, normalized.tolist(), strict=True)), [])
 
     def play(self, agent: Agent, iteration: int) -> Rollout:
-        """One response to each of N prompts."""
-        rng = np.random.default_rng([self.args.seed, 2, iteration])
+        """One response to each of N prompts in each rank; every rank draws the numbers of all and takes its own [rlhf 31]."""
+        args, N = self.args, self.args.num_envs
+        rng = np.random.default_rng([args.seed, 2, iteration])
         torch.manual_seed(int(rng.integers(2**31)))  # for the order of the minibatches
-        rollout = self.respond(agent, self.pick_prompts(iteration), rng)
-        self.global_step += self.args.batch_size
-        self.recent_returns.extend(score for _, score, _ in rollout.episodes)
-        return rollout._replace(episodes=[(self.global_step, score, n) for _, score, n in rollout.episodes])
+        rollout = self.respond(agent, self.pick_prompts(iteration), rng, slice(args.rank * N, (args.rank + 1) * N))
+        self.global_step += args.batch_size
+        lengths = rollout.responses.valid.sum(1).tolist()
+        episodes = [(self.global_step, score, n) for (*_, score), n in zip(rollout.texts, lengths, strict=True)]
+        if args.world_size > 1:
+            gathered: list = [None] * args.world_size
+            dist.all_gather_object(gathered, episodes)
+            episodes = [episode for episodes in gathered for episode in episodes]
+        self.recent_returns.extend(score for _, score, _ in episodes)
+        return rollout._replace(episodes=episodes)
 
     def control_kl(self, kl: float):
         """Moves the coefficient of the penalty towards a KL of kl_target (Ziegler et al. 2019) [rlhf 04]."""
         if self.args.kl_target is not None:
             error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * self.args.num_envs / self.args.kl_horizon
+            self.kl_coef *= 1 + error * self.args.num_envs * self.args.world_size / self.args.kl_horizon
 
     @torch.no_grad()
     def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
@@ -773,7 +806,8 @@ def make_batch(agent: Agent, rollout: Rollout, runner: Runner) -> tuple[Batch, d
         "ended": rollout.ended.float().mean().item(),
         "logprob_gap": ((old.logprob - sampled) * valid).abs().max().item(),  # the sampler against the update's pass
     }
-    return batch, measures
+    figures = mean_of_ranks(torch.tensor(list(measures.values()), dtype=torch.float64, device=args.device), args).tolist()
+    return batch, dict(zip(measures, figures, strict=True))
 
 
 def explained_variance(batch: Batch) -> float:
@@ -783,6 +817,13 @@ def explained_variance(batch: Batch) -> float:
     residual = batch.return_ - batch.value
     residual = masked_mean((residual - masked_mean(residual, batch.valid)) ** 2, batch.valid)
     return (1 - residual / variance).item() if variance > 0 else 0.0
+
+
+def mean_of_ranks(x: torch.Tensor, args: Args) -> torch.Tensor:
+    """Mean of x over the ranks."""
+    if args.world_size > 1:
+        dist.all_reduce(x)
+    return x / args.world_size
 
 
 def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: Args) -> tuple[dict[str, float], int]:
@@ -796,10 +837,13 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
         order = torch.randperm(len(batch.tokens)).to(args.device)
         infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
         if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
-            if torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean() > args.target_kl:
+            kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+            if mean_of_ranks(kl, args) > args.target_kl:
                 break
-    losses = {key: torch.stack([info[key] for info in infos]).mean().item() for key in infos[0]}  # waits for the device
-    return losses | {"explained_variance": explained_variance(batch)}, len(infos) // args.num_minibatches
+    means = [torch.stack([info[key] for info in infos]).mean() for key in infos[0]]
+    means.append(torch.tensor(explained_variance(batch), device=args.device))
+    figures = mean_of_ranks(torch.stack(means), args).tolist()  # waits for the device
+    return dict(zip([*infos[0], "explained_variance"], figures, strict=True)), len(infos) // args.num_minibatches
 
 
 def make_agent(args: Args, models: "Models") -> Agent:
@@ -825,7 +869,8 @@ def begin_value(agent: Agent, models: "Models", runner: Runner):
 
 def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 scores), ..."""
-    run = Run(args)
+    set_up_ranks(args)
+    run = RunOfRanks(args) if args.world_size > 1 else Run(args)
     models = load_models(args)
     runner = Runner(args, models)
     agent = make_agent(args, models)
@@ -844,7 +889,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
     run.open(state_dict())
-    if not args.model and not (run.dir / "models.pt").is_file():
+    if args.rank == 0 and not args.model and not (run.dir / "models.pt").is_file():
         write_tensors(pack_models(models), run.dir / "models.pt")  # the run no longer depends on the cache
     if first_iteration == 1:
         run.evaluate(0, runner, agent)
@@ -1383,8 +1428,9 @@ def call_score(name: str, score: Score, prompts: list[str], responses: list[str]
 
 
 def say(text: str):
-    """A line on the terminal, above the progress bar."""
-    tqdm.tqdm.write(text, sys.stderr)
+    """A line on the terminal, above the progress bar; under torchrun of rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.tqdm.write(text, sys.stderr)
 
 
 def check_bounds(args: Any):
@@ -1397,6 +1443,16 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def set_up_ranks(args: Args):
+    """Joins the processes that torchrun started, each with its own GPU if there are any."""
+    if args.device == "cuda":
+        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if args.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if args.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 reports
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
@@ -1684,6 +1740,54 @@ class Run:
             self.wandb.finish()
         self.unlock()
         return result
+
+
+class RunOfRanks(Run):
+    """The run under torchrun: rank 0 writes and decides, the others follow."""
+
+    def lock(self):
+        if self.args.rank == 0:
+            super().lock()
+
+    def open(self, state: dict):
+        refusal = [""]
+        try:
+            if self.args.rank == 0:
+                super().open(state)
+        except UsageError as error:
+            refusal = [str(error)]
+        dist.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise UsageError(refusal[0])
+        dist.broadcast(state["theta"], 0)
+
+    def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
+        if self.args.rank == 0:
+            super().log(iteration, runner, charts, losses, episodes)
+        elif not all(math.isfinite(x) for x in losses.values()):
+            raise NonFiniteError(f"non-finite losses in iteration {iteration}")
+
+    def evaluate(self, iteration: int, runner: Runner, agent: Agent):
+        if self.args.rank == 0:
+            super().evaluate(iteration, runner, agent)
+
+    def is_checkpoint_due(self, iteration: int) -> bool:
+        decision = [self.args.rank == 0 and super().is_checkpoint_due(iteration)]  # by the clock of rank 0
+        dist.broadcast_object_list(decision)
+        return decision[0]
+
+    def save(self, iteration: int, state: dict):
+        if self.args.rank == 0:
+            super().save(iteration, state)
+
+    def how_to_go_on(self, step: int) -> str:
+        if self.args.rank > 0:
+            return "interrupted"
+        return super().how_to_go_on(step).replace(": python", f": torchrun --nproc-per-node {self.args.world_size}")
+
+    def finish(self, runner: Runner) -> dict:
+        dist.destroy_process_group()
+        return super().finish(runner) if self.args.rank == 0 else {"evaluation": {}}
 
 
 def load_wandb(args: Args) -> Any:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import random
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -573,7 +574,7 @@ def test_pretrained_models_that_are_refused(monkeypatch):
     (Path("capped") / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"cannot load the model capped: .*no file named"):
         start(model="capped", **given)
-    with pytest.raises(UsageError, match="cannot load the model nowhere"):
+    with pytest.raises(UsageError, match="cannot load the model ./nowhere"):
         start(model="./nowhere", **given)
 
 
@@ -596,6 +597,24 @@ def test_without_transformers(monkeypatch):
     Path("prompts.txt").write_text("the film is\n")
     with pytest.raises(UsageError, match="need transformers: pip install transformers"):
         start(model="lm", prompts="prompts.txt", env="words:score", data="")
+
+
+# ranks
+
+
+def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
+    changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64, "ptx_coef": 0.1}
+    ppo_rlhf.train(tiny("one", **changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
+    flags = words(run_dir="two", num_envs=4, **changes)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory: two") == 1
+    one, two = (read_checkpoint(name) for name in ("one", "two"))
+    torch.testing.assert_close(one["theta"], two["theta"], atol=1e-5, rtol=1e-4)
+    assert read_jsonl("one/episodes.jsonl") == [pytest.approx(episode) for episode in read_jsonl("two/episodes.jsonl")]
+    with pytest.raises(UsageError, match="the run has 2 rank"):
+        ppo_rlhf.train(Args(**(two["args"] | {"resume": "two"})))
 
 
 # bad input
