@@ -606,9 +606,12 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         gradient, info = compute_gradient(minibatch, clip_coef, warmup)
         if args.world_size > 1:
             gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
-        if args.ptx_coef:  # [rlhf 33]
-            rows = [texts[i] for i in torch.randint(len(texts), (len(mb_inds),)).tolist()]
-            gradient = gradient + flat_gradient(args.ptx_coef * language_loss(agent.lm, *pad_rows(rows, False, args.device)))
+        if args.ptx_coef:  # [rlhf 33] every rank draws the texts of all and takes its own
+            n = len(mb_inds)
+            drawn = torch.randint(len(texts), (n * args.world_size,))[args.rank * n : (args.rank + 1) * n].tolist()
+            tokens, mask = pad_rows([texts[i] for i in drawn], False, args.device)
+            supervised = flat_gradient(args.ptx_coef * language_loss(agent.lm, tokens, mask))
+            gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         # Adam (Kingma & Ba 2015, algorithm 1)
