@@ -368,6 +368,41 @@ def table_discrete(results: Results) -> str:
     return markdown(head, rows) + results.footer("discrete")
 
 
+def measured(group: dict[int, dict], key: str, place: int) -> list[float]:
+    """A measure of the evaluations of ppo_rlhf.py, by seed: at the start (place 0) or at the end (place -1)."""
+    return [group[seed]["curve"]["evaluations"][place][key] for seed in sorted(group)]
+
+
+def table_rlhf_exact(results: Results) -> str:
+    rows = []
+    for setting, (_, env, _) in suites.RLHF["rlhf-exact"].items():
+        group = results.runs.get(("rlhf-exact", setting, env), {})
+        starts, ends, best = (measured(group, key, i) for key, i in (("objective", 0), ("objective", -1), ("optimum", -1)))
+        for seed, start, end, optimum in zip(sorted(group), starts, ends, best, strict=True):
+            share = (end - start) / (optimum - start)
+            rows.append([setting, str(seed), f"{start:.3f}", f"{end:.3f}", f"{optimum:.3f}", f"{share:.4f}"])
+    head = ["penalty in the reward", "seed", "J of the reference", "J reached", "best J", "share of the way"]
+    return markdown(head, rows) + results.footer("rlhf-exact")
+
+
+RLHF_MEASURES = ("score", "vader", "kl", "reference_nll", "ended", "length", "distinct_2")
+
+
+def table_rlhf(results: Results) -> str:
+    rows, footers = [], ""
+    for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
+        for setting, (_, env, _) in suites.RLHF[suite].items():
+            group = results.runs.get((suite, setting, env), {})
+            cells = [
+                f"{np.mean(measured(group, key, 0)):.2f} -> {np.mean(measured(group, key, -1)):.2f}" if group else ""
+                for key in RLHF_MEASURES
+            ]
+            rows.append([suite, setting, *cells, seeds_text(list(group))])
+        footers += results.footer(suite) if any(key[0] == suite for key in results.runs) else ""
+    head = ["suite", "setting", "score", "VADER", "KL", "reference nats", "ended", "length", "distinct pairs", "seeds"]
+    return markdown(head, rows) + footers
+
+
 def table_random(results: Results) -> str:
     rows = []
     for env in suites.MUJOCO:
@@ -665,6 +700,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "atari_short": table_atari_short,
     "table6": table_table6,
     "games_won": table_games_won,
+    "rlhf_exact": table_rlhf_exact,
+    "rlhf": table_rlhf,
     "random": table_random,
     "speed": table_speed,
     "speed_short": table_speed_short,
