@@ -102,6 +102,7 @@ Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
+Whole = Annotated[int, ("be at least 0", lambda x: x >= 0), ("be at most 2147483647", lambda x: x < 2**31)]
 Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
 Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
 OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
@@ -176,8 +177,8 @@ class Args:
     head_init: Literal["original", "torch"] = "original"
     reward_pool: Literal["last", "mean"] = "last"  # [rlhf 14] the reward model reads its end token, or the mean of all
     ptx_coef: Weight = 0.0  # [rlhf 33] weight of the supervised loss on texts in every update (PPO-ptx)
-    value_warmup: Episodes = 0  # [rlhf 35] iterations at the start in which only the value function learns
-    micro_batch: Episodes = 0  # [rlhf 27] responses per backward pass, to save memory; 0: the whole minibatch
+    value_warmup: Whole = 0  # [rlhf 35] iterations at the start in which only the value function learns
+    micro_batch: Whole = 0  # [rlhf 27] responses per backward pass, to save memory; 0: the whole minibatch
 
     # the stages before PPO
     vocabulary: Count = 2048  # tokens of the byte-level BPE
@@ -242,7 +243,7 @@ class Args:
             raise UsageError("evaluate runs in one process: start it with python, not with torchrun")
         if self.evaluate and self.eval_episodes < 1:
             raise UsageError("evaluate answers prompts: set eval_episodes to at least 1")
-        find_score(self)
+        check_reward(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1384,8 +1385,8 @@ def load_function(name: str) -> Score:
     return found
 
 
-def find_score(args: Args):
-    """UsageError unless args.env names something that can score."""
+def check_reward(args: Args):
+    """UsageError unless args name something that can score, and what it needs."""
     if args.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", args.env):
         raise UsageError(f"unknown reward {args.env}: use human, labels, vader, or a function of yours, my_module:score")
     if args.model and not args.prompts:
@@ -1841,11 +1842,11 @@ def log_evaluation(wandb: Any, result: dict):
 def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
     """Answers args.eval_episodes prompts that were not trained on, and writes args.run_dir/evaluation.json.
 
-    Returns the measures of Runner.evaluate, {"returns", "lengths"}: score and tokens of each response, and "samples".
+    Returns the measures of Runner.evaluate and of the stages, "returns", the score of each response, and "samples".
     closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
     """
     say(f"answering {args.eval_episodes} prompts to evaluate")
-    result: dict[str, Any] = {"returns": [], "lengths": [], "samples": [], "problems": []}
+    result: dict[str, Any] = {"returns": [], "samples": [], "problems": []}
     try:
         models = load_models(args)
         runner, agent = Runner(args, models), make_agent(args, models)
@@ -1856,7 +1857,6 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
         measures, texts = runner.evaluate(agent)
         result |= measures | models.facts
         result |= {"returns": [score for _, _, score in texts], "samples": texts[:10]}
-        result["lengths"] = [len(models.tokenizer.encode(answer)) for _, answer, _ in texts]
     except Exception as error:  # of a reward function: any kind
         if isinstance(error, UsageError) and not closing:
             raise

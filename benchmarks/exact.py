@@ -22,7 +22,7 @@ from ppo_rlhf import BOS, EOS, GPT, Agent, Args, Models, Runner
 
 LETTERS = "^$_abc"  # begin, end, padding, and three more; all may be sampled
 FLAGS = ["--env", "exact:score", "--data", "none", "--num-envs", "256", "--num-steps", "3", "--total-timesteps", "115200"]
-FLAGS += ["--kl-coef", "0.5", "--learning-rate", "3e-3", "--no-norm-score", "--no-eos-score", "None", "--eval-every", "150"]
+FLAGS += ["--kl-coef", "0.5", "--learning-rate", "1.5e-3", "--no-norm-score", "--no-eos-score", "None", "--eval-every", "150"]
 FLAGS += ["--checkpoint-every", "150"]
 
 

@@ -603,7 +603,7 @@ def test_without_transformers(monkeypatch):
 
 
 def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
-    changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64, "ptx_coef": 0.1}
+    changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64}
     ppo_rlhf.train(tiny("one", **changes))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
     flags = words(run_dir="two", num_envs=4, **changes)
@@ -734,3 +734,14 @@ def test_details_name_functions_and_tests_that_exist():
         for flag in re.findall(r"`--([a-z-]+)", cells[2]):
             field = flag.replace("-", "_")
             assert {field, field.removeprefix("no_")} & set(Args.__dataclass_fields__), flag
+
+
+@pytest.mark.slow  # fetches 2.4 MB through pip
+def test_built_in_ratings():
+    sentences = ppo_rlhf.load_sentences(tiny(data=""))
+    rated = [s for s in sentences if s.votes]
+    assert (len(rated), len(sentences)) == (10_605, 10_605 + 3_708)
+    assert np.mean([len(s.votes) for s in rated]) == pytest.approx(18.7, abs=0.1)
+    assert all(-4 <= vote <= 4 for s in rated for vote in s.votes)
+    good, bad = ppo_rlhf.make_vader()(["the film is ", "the film is "], ["a great joy", "a sad mess"])
+    assert good > 0.5 and bad < -0.3
