@@ -969,7 +969,7 @@ def open_cache(entry: str) -> Iterator[Path]:
     """The directory of what is fetched and trained once; one process at a time deals with an entry."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ppo_rlhf"
     cache.mkdir(parents=True, exist_ok=True)
-    lock = os.open(cache / f"{entry}.lock", os.O_RDWR | os.O_CREAT)
+    lock = os.open(cache / f"{entry}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training what this one needs
         yield cache

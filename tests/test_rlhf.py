@@ -574,7 +574,7 @@ def test_pretrained_models_that_are_refused(monkeypatch):
     (Path("capped") / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"cannot load the model capped: .*no file named"):
         start(model="capped", **given)
-    with pytest.raises(UsageError, match="cannot load the model ./nowhere"):
+    with pytest.raises(UsageError, match=r"cannot load the model ./nowhere"):
         start(model="./nowhere", **given)
 
 
