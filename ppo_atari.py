@@ -297,7 +297,7 @@ class Step(NamedTuple):
 class Agent(nn.Module):
     """Policy and value function as two heads of one Nature-CNN (Mnih et al. 2015).
 
-    policy_and_value is the only definition of the network: act plays by it and forward learns by it.
+    hidden, policy and value are the only definition of the network: act plays by them and forward learns by them.
     """
 
     def __init__(
@@ -333,34 +333,29 @@ class Agent(nn.Module):
         features = self.convolutions(pixels).permute(0, 2, 3, 1).flatten(1)
         return self.linear(features).relu().float()
 
-    def policy_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """obs -> logits of the policy (B, num_actions), value (B,) in units of reward."""
-        hidden = self.hidden(obs)
-        return self.actor(hidden), self.critic(hidden).squeeze(1)
+    def policy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (B, 512) -> logits of the policy (B, num_actions)."""
+        return self.actor(hidden)
 
-    def policy(self, obs: torch.Tensor) -> torch.Tensor:
-        """obs -> logits (B, num_actions)."""
-        return self.policy_and_value(obs)[0]
-
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """obs -> value (B,), in units of reward."""
-        return self.policy_and_value(obs)[1]
+    def value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (B, 512) -> value (B,), in units of reward."""
+        return self.critic(hidden).squeeze(1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> Output:
         """obs, action (B,) int64 -> log-probability and entropy of the policy, value."""
-        logits, value = self.policy_and_value(obs)
-        policy = Categorical(logits=logits, validate_args=False)
-        return Output(policy.log_prob(action), policy.entropy(), value)
+        hidden = self.hidden(obs)
+        policy = Categorical(logits=self.policy(hidden), validate_args=False)
+        return Output(policy.log_prob(action), policy.entropy(), self.value(hidden))
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor) -> Step:
         """obs, noise (B, num_actions) -> sampled action, its log-probability and the value.
 
         argmax(logits - log(noise)) is a sample of the policy for Exp(1) noise (Gumbel-max), its mode for noise 1.
         """
-        logits, value = self.policy_and_value(obs)
-        logprobs = logits.log_softmax(1)
+        hidden = self.hidden(obs)
+        logprobs = self.policy(hidden).log_softmax(1)
         action = (logprobs - noise.log()).argmax(1)
-        return Step(action, logprobs.gather(1, action[:, None]).squeeze(1), value)
+        return Step(action, logprobs.gather(1, action[:, None]).squeeze(1), self.value(hidden))
 
     def flat(self) -> torch.Tensor:
         """A copy of all parameters as one float32 vector (P,)."""
@@ -378,14 +373,14 @@ def check_act(agent: Agent, obs_shape: torch.Size):
     """UsageError where Agent.act plays by another policy or value than Agent.forward learns by; obs_shape: (21, 21, ...)."""
     device = next(agent.parameters()).device
     probe = (torch.arange(3 * obs_shape.numel(), device=device) * 7 % 251).to(torch.uint8).view(3, *obs_shape)
-    step = agent.act(probe, torch.ones(agent.policy(probe).shape, device=device))
+    step = agent.act(probe, torch.ones_like(agent.policy(agent.hidden(probe))))
     learned = agent(probe, step.action)
-    for acting, learning in ((step.logprob, learned.logprob), (step.value, learned.value)):
-        if not torch.allclose(acting, learning, rtol=1e-5, atol=1e-5, equal_nan=True):
-            raise UsageError(
-                "Agent.act plays by another policy or value than Agent.forward learns by: change Agent.policy_and_value, "
-                "which both go through"
-            )
+    pairs = ((step.logprob, learned.logprob), (step.value, learned.value))
+    if not all(torch.allclose(acting, learning, rtol=1e-5, atol=1e-5, equal_nan=True) for acting, learning in pairs):
+        raise UsageError(
+            "Agent.act, which plays, computes another policy or value than Agent.forward, which learns: change Agent.hidden, "
+            "Agent.policy or Agent.value, which both go through"
+        )
 
 
 def perturbed(agent: Agent) -> Agent:
@@ -1274,12 +1269,14 @@ def load_wandb(args: Args) -> Any:
     """The module wandb, after checking what can be checked before a run exists."""
     import wandb
 
-    try:
-        mode: Any = os.environ.get("WANDB_MODE", "online")
-        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
     if mode == "online" and not wandb.login(prompt=False):
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb

@@ -386,7 +386,7 @@ class Agent(nn.Module):
             return layer_init(nn.Linear(LSTM_SIZE if lstm else 64, out_dim), gain, weight_init)
 
         components, choices = action_shape
-        self.action_shape, self.shared = action_shape, share_params  # [detail 13]
+        self.obs_dim, self.action_shape, self.shared = obs_dim, action_shape, share_params  # [detail 13]
         self.log_std = None if choices else nn.Parameter(torch.zeros(components))  # [detail 24]
         self.value_trunk: nn.Sequential | None = None
         self.value_cell: nn.LSTMCell | None = None
@@ -448,11 +448,13 @@ def numpy_policy(agent: Agent):
     """Features and Agent.policy in numpy: obs (N, obs_dim), memory (N, 2, H) -> what Agent.policy returns, memory after.
 
     Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
-    Agent.policy each time, so that an edit of one alone cannot act by another policy than the one that learns.
+    Agent.policy and Agent.forward each time, so that no edit lets another policy act than the one that learns.
     """
     activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layers: list[Any] = []
-    for module in [*agent.policy_trunk, agent.actor]:
+    for module in nn.Sequential(agent.policy_trunk, agent.actor).modules():
+        if isinstance(module, nn.Sequential):
+            continue  # its parts follow
         if isinstance(module, nn.Linear):
             weight, bias = (x.detach().cpu().numpy() for x in (module.weight, module.bias))
             layers.append((np.ascontiguousarray(weight.T), bias))
@@ -478,19 +480,24 @@ def numpy_policy(agent: Agent):
         out = obs @ head[0] + head[1]
         return ((out.reshape(-1, *agent.action_shape),) if std is None else (out, std)), memory
 
-    memory = np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)
+    memory = np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)  # of three probes
 
-    def copy(obs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def acting(obs: np.ndarray):  # what the policy puts out, its memory, log-probability of the first choices or of the mean
         outputs, after = policy(obs, memory)
-        return *outputs, after
+        if std is not None:
+            return *outputs, after, -np.log(np.broadcast_to(std, outputs[0].shape) * math.sqrt(2 * math.pi)).sum(1)
+        logits = outputs[0] - outputs[0].max(axis=2, keepdims=True)
+        return *outputs, after, (logits[:, :, 0] - np.log(np.exp(logits).sum(axis=2))).sum(1)
 
-    def original(obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state = agent.initial_state(3) + torch.as_tensor(memory, device=obs.device).unsqueeze(1)
-        features = agent.features(obs, torch.zeros(3, device=obs.device), state)
-        return *agent.policy(features), features.state[:, 0]
+    def learning(obs: torch.Tensor):  # the same, as the update computes it
+        first, state = torch.zeros_like(obs[:, 0]), agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
+        features = agent.features(obs, first, state)
+        outputs = agent.policy(features)
+        action = torch.zeros_like(outputs[0][:, :, 0], dtype=torch.int64) if std is None else outputs[0]
+        mask = torch.ones_like(outputs[0], dtype=torch.bool)
+        return *outputs, features.state[:, 0], agent(obs, action, mask, first, state).logprob
 
-    first = next(module for module in agent.policy_trunk if isinstance(module, nn.Linear))
-    check_copy(copy, original, first.in_features, first.weight.device)
+    check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
 
 
@@ -882,7 +889,7 @@ def train(args: Args) -> dict:
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
-    numpy_policy(agent)  # an edit that it does not follow stops here, before anything is written
+    numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
 
     def state_dict() -> dict:
         return {"theta": theta, "adam": adam, **runner.state_dict()}
@@ -1224,6 +1231,8 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
     key, flat = places[0]
     if key in INVERSE_KEYS:
         raise UsageError(f"the environment gives {key}: give its opposite, 1 for what is valid, as action_mask")
+    if isinstance(flat, dict):
+        raise UsageError(f"{key} is a dictionary: give an array of all choices, or a tuple with one part for each component")
     if isinstance(flat, tuple):  # of the components, in an observation
         flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in flat], axis=1)
     if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
@@ -1563,12 +1572,14 @@ def load_wandb(args: Args) -> Any:
     """The module wandb, after checking what can be checked before a run exists."""
     import wandb
 
-    try:
-        mode: Any = os.environ.get("WANDB_MODE", "online")
-        wandb.Settings(project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"wandb_project_name {args.wandb_project_name} or WANDB_MODE cannot be used: {reason}") from error
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
     if mode == "online" and not wandb.login(prompt=False):
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
@@ -1609,7 +1620,7 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     to forget. The N must be the same in all calls.
     """
     agent, action_map = make_agent(args, spaces), ActionMap.of(spaces.action, args.discretize_actions)
-    obs_rms = RunningMeanStd((len(args.observe) or spaces.obs_dim,))
+    obs_rms = RunningMeanStd((agent.obs_dim,))
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
     check_checkpoint(checkpoint, {"theta": theta, "obs_rms": obs_rms.state_dict()}, spaces)
     nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())

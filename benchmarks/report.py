@@ -8,704 +8,513 @@ was not run stays empty. Intervals are 95% stratified bootstrap intervals over s
 """
 
 import argparse
-import csv
 import functools
-import hashlib
-import inspect
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import figures
 import numpy as np
-import run
+import pandas as pd
+import plot
 import stats
 import suites
+from figures import ALL_ON, KL_TARGET
+from plot import brackets, number
+from results import RESULTS, RunnerError, is_stopped_early
+from tables import Results, difference, markdown, seeds_text, share, with_extremes, with_interval
 
 HERE = Path(__file__).resolve().parent
-ALL_ON = "all on (suite base)"
+BASE = ("base", "default")
+ALGORITHMS = {"PPO": BASE, "TRPO": ("figure3", "TRPO"), "A2C": ("figure3", "A2C")}
+NO_CLIPPING, CLIP_02 = "no clipping or penalty", "clipping 0.2"
+CONFIGURATIONS = {
+    "table1": "as printed",
+    "table1-normalized": "observations normalized",
+    "table1-details": "all details",
+}
+KL_SETTING = "adaptive KL 0.01"
+ATARI_LABELS = {s: "float32" if s == "default" else s for _, s, *_ in suites.ATARI_SHORT}
+MODES = 2400.0  # return that parts the two kinds of runs on HalfCheetah
 
 
-def number(x: float) -> str:
-    """Four or so significant digits, without an exponent."""
-    digits = 0 if abs(x) >= 100 else 1 if abs(x) >= 20 else 2
-    return f"{x:.{digits}f}".replace("-0.00", "0.00")
+# ---------------------------------------------------------------------------------------------------------------------
+# MuJoCo
 
 
-def with_interval(scores: np.ndarray, aggregate=stats.mean) -> str:
-    """aggregate(scores) and its interval, for scores (runs, tasks)."""
-    text = number(float(aggregate(scores)))
-    if len(scores) == 1:
-        return text
-    low, high = stats.interval(scores, aggregate)
-    return f"{text} [{number(low)}, {number(high)}]"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def with_extremes(values: np.ndarray, digits: int) -> str:
-    """Median [min, max] of alternations."""
-    return f"{np.median(values):.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
-
-
-def seeds_text(seeds: list[int]) -> str:
-    return ", ".join(map(str, sorted(set(seeds))))
-
-
-def settings_of(result: dict) -> dict:
-    """Arguments of a run without its seed and what it ran on."""
-    return {k: v for k, v in result["header"]["args"].items() if k != "seed" and k not in run.MACHINE}
-
-
-class Results:
-    """All that is in results/ and reference/."""
-
-    def __init__(self, folder: Path):
-        self.reference = HERE / "reference"
-        self.runs: dict[tuple[str, str, str], dict[int, dict]] = {}  # (suite, setting, env) -> seed -> result
-        for file in sorted(folder.glob("*/*.jsonl.gz")):
-            result = run.read_result(file)
-            header = result["header"]
-            group = self.runs.setdefault((header["suite"], header["setting"], header["env"]), {})
-            if group and next(iter(group.values()))["final"]["global_step"] != result["final"]["global_step"]:
-                raise run.RunnerError(f"{file} has another number of steps than the other seeds beside it")
-            if group and settings_of(next(iter(group.values()))) != settings_of(result):
-                raise run.RunnerError(f"{file} has other settings than the other seeds beside it")
-            if result["final"]["return"] is None:
-                raise run.RunnerError(f"{file} has no finished episode")
-            group[header["seed"]] = result
-        self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
-        self.speed = {
-            p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-            for p in sorted((folder / "speed").glob("*.jsonl"))
-        }
-
-    def csv(self, name: str) -> list[dict[str, str]]:
-        with open(self.reference / name, newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
-
-    def scores(self, suite: str, setting: str, env: str, key: str = "return") -> np.ndarray:
-        """Scores (runs, 1) of one setting on one task, by ascending seed; (0, 1) if nothing was run."""
-        group = self.runs.get((suite, setting, env), {})
-        return np.array([group[seed]["final"][key] for seed in sorted(group)]).reshape(-1, 1)
-
-    def cell(self, suite: str, setting: str, env: str) -> str:
-        scores = self.scores(suite, setting, env)
-        return with_interval(scores) if len(scores) else ""
-
-    def complete_seeds(self, suite: str, setting: str, envs) -> list[int]:
-        """Seeds that were run on all of these tasks."""
-        return sorted(set.intersection(*(set(self.runs.get((suite, setting, env), {})) for env in envs)))
-
-    def matrix(self, suite: str, setting: str, envs, seeds: list[int] | None = None) -> np.ndarray:
-        """Scores (seeds, tasks), by default of the complete seeds."""
-        seeds = self.complete_seeds(suite, setting, envs) if seeds is None else seeds
-        finals = [[self.runs[suite, setting, env][seed]["final"]["return"] for env in envs] for seed in seeds]
-        return np.array(finals).reshape(len(seeds), len(envs))
-
-    def random_means(self, envs) -> np.ndarray | None:
-        return np.array([self.random[e]["mean"] for e in envs]) if all(e in self.random for e in envs) else None
-
-    def footer(self, suite: str) -> str:
-        """Where and with what the runs of a suite were made."""
-        headers = [r["header"] for key, group in self.runs.items() if key[0] == suite for r in group.values()]
-        if not headers:
-            return "\nNothing was run yet.\n"
-
-        def distinct(texts) -> str:
-            return ", ".join(sorted(set(texts)))
-
-        machines = distinct(f"{h['gpu'] + ', ' if h['gpu'] else ''}{h['cpu']}" for h in headers)
-        versions = distinct(f"{name} {version}" for h in headers for name, version in h["versions"].items())
-        scripts = distinct(
-            f"{h['script']} at {h['script_commit'][:10]}"
-            if h["script_commit"]
-            else f"{h['script']} with sha256 {h['script_sha256'][:10]}"
-            for h in headers
-        )
-        return f"\n{len(headers)} run{'s' if len(headers) > 1 else ''}; {machines}; {versions}; {scripts}.\n"
-
-
-def table_base(results: Results) -> str:
+def table_base(r: Results) -> str:
     rows = []
     for env in suites.MUJOCO:
-        group = results.runs.get(("base", "default", env), {})
-        if not group:
-            rows.append([f"{env}-v4", "", "", ""])
-            continue
-        steps = next(iter(group.values()))["final"]["global_step"]
-        rows.append([f"{env}-v4", results.cell("base", "default", env), seeds_text(list(group)), f"{steps:,}"])
+        steps = f"{r.groups[*BASE, env]['steps'].iloc[0]:,}" if (*BASE, env) in r.groups else ""
+        rows.append([f"{env}-v4", r.cell(*BASE, env), seeds_text(r.seeds(*BASE, env)), steps])
     head = ["task", "return, last 100 episodes [95% interval]", "seeds", "steps"]
-    return markdown(head, rows) + results.footer("base")
+    return markdown(head, rows) + r.footer("base")
 
 
-def table_published(results: Results) -> str:
-    reference = results.csv("figure3.csv")
-    head = ["task", "ours, v4", "Stable-Baselines3, same settings, v4", *list(reference[0])[1:]]
+def table_modes(r: Results) -> str:
+    """The two kinds of runs on HalfCheetah."""
+    scores, rows = r.scores(*BASE, "HalfCheetah").ravel(), []
+    for name, kind in ((f"below {MODES:.0f}", scores[scores < MODES]), (f"above {MODES:.0f}", scores[scores >= MODES])):
+        span = f"{number(kind.min())} to {number(kind.max())}" if len(kind) else ""
+        rows.append([name, share(len(kind), len(scores)) if len(scores) else "", span])
+    return markdown(["HalfCheetah-v4 ends", "share of runs [95% Wilson interval]", "returns"], rows)
+
+
+def table_published(r: Results) -> str:
+    reference = r.csv("figure3.csv")
+    head = ["task", "ours, v4", "Stable-Baselines3, same settings, v4", *list(reference[0])[1:], "outside our interval"]
     rows = []
     for row in reference:
         task, *published = row.values()
-        rows.append([task, results.cell("base", "default", task), results.cell("peer", "SB3 PPO", task), *published])
+        scores, outside = r.scores(*BASE, task), []
+        if len(scores) > 1:
+            low, high = stats.interval(scores)
+            values = {name: float(re.split("[±~]", text.lstrip("~"))[0]) for name, text in list(row.items())[1:] if text}
+            outside = [name.split(" (")[0] for name, value in values.items() if not low <= value <= high]
+        rows.append([task, r.cell(*BASE, task), r.cell("peer", "SB3 PPO", task), *published, ", ".join(outside)])
     return markdown(head, rows)
 
 
-ALGORITHMS = {"PPO": ("base", "default"), "TRPO": ("figure3", "TRPO"), "A2C": ("figure3", "A2C")}
+def table_figure3(r: Results) -> str:
+    rows = [[f"{env}-v4", *(r.cell(*key, env) for key in ALGORITHMS.values())] for env in suites.MUJOCO]
+    text = r.footer("figure3") if len(r.of("figure3")) else "\nTRPO and A2C have not been run yet.\n"
+    return markdown(["task", *ALGORITHMS], rows) + text
 
 
-def table_figure3(results: Results) -> str:
-    rows = [[f"{env}-v4", *(results.cell(*key, env) for key in ALGORITHMS.values())] for env in suites.MUJOCO]
-    peers = any(suite == "figure3" for suite, _, _ in results.runs)
-    return markdown(["task", *ALGORITHMS], rows) + (
-        results.footer("figure3") if peers else "\nTRPO and A2C have not been run yet.\n"
-    )
+def table_second_hand(r: Results) -> str:
+    rows = [
+        [row["task"], *(cell for name, key in ALGORITHMS.items() for cell in (row[name], r.cell(*key, row["task"])))]
+        for row in r.csv("second_hand_mujoco.csv")
+    ]
+    return markdown(["task", *(f"{name}, {which}" for name in ALGORITHMS for which in ("claimed", "ours"))], rows)
 
 
-def table_second_hand(results: Results) -> str:
+CARTPOLE, BREAKOUT, LARGER = ("CartPole-v1",), ("Breakout",), "bfloat16, larger updates"
+SHARED, SEPARATE = (("discrete", f"{kind}, unscaled rewards") for kind in ("shared", "separate"))
+COMPARISONS: list[tuple[str, tuple[str, str], tuple[str, str], tuple[str, ...]]] = [  # name, x, what x is compared with, tasks
+    ("TRPO minus PPO", ALGORITHMS["TRPO"], BASE, suites.MUJOCO),
+    ("A2C minus PPO", ALGORITHMS["A2C"], BASE, suites.MUJOCO),
+    ("adaptive KL 0.01 minus clipping, all details", ("table1-details", KL_SETTING), BASE, suites.MUJOCO),
+    ("clipping 0.2, normalized minus as printed", ("table1-normalized", CLIP_02), ("table1", CLIP_02), suites.MUJOCO),
+    ("LSTM minus none, no velocities", ("discrete", "no velocities, LSTM"), ("discrete", "no velocities"), CARTPOLE),
+    ("shared minus separate, unscaled rewards", SHARED, SEPARATE, CARTPOLE),
+    ("bfloat16 minus float32", ("atari-short", "bfloat16"), ("atari-short", "default"), BREAKOUT),
+    ("larger updates minus defaults", ("atari-short", LARGER), ("atari-short", "bfloat16"), BREAKOUT),
+]
+
+
+def table_differences(r: Results) -> str:
+    """Every comparison that a text makes: number of runs and interval of the difference."""
     rows = []
-    for row in results.csv("second_hand_mujoco.csv"):
-        cells = []
-        for algorithm, key in ALGORITHMS.items():
-            cells += [row[algorithm], results.cell(*key, row["task"])]
-        rows.append([row["task"], *cells])
-    return markdown(["task", *(f"{a}, {w}" for a in ALGORITHMS for w in ("claimed", "ours"))], rows)
+    for name, x_key, y_key, envs in COMPARISONS:
+        for env in envs:
+            x, y = r.scores(*x_key, env), r.scores(*y_key, env)
+            if len(x) and len(y):
+                rows.append([name, env, f"{len(x)} and {len(y)}", difference(x, y)])
+    return markdown(["comparison", "task", "runs", "difference of the mean returns [95% interval]"], rows)
 
 
-def table1_seeds(results: Results, suite: str) -> list[int]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 1
+
+
+def table1_seeds(r: Results, suite: str) -> list[int]:
     """Seeds that were run with every setting on every task."""
-    return sorted(set.intersection(*(set(results.complete_seeds(suite, s, suites.MUJOCO)) for s in suites.TABLE1)))
+    return sorted(set.intersection(*(set(r.complete_seeds(suite, s, suites.MUJOCO)) for s in suites.TABLE1)))
 
 
-def table1_scores(results: Results, suite: str, best: str) -> dict[str, np.ndarray]:
-    """Normalized scores (seeds, tasks) of each setting, over table1_seeds: random policy 0, best result 1.
+def table1_scores(r: Results, suite: str, best: str, zero: str = "uniform") -> dict[str, np.ndarray]:
+    """Normalized scores (seeds, tasks) of each setting, over table1_seeds: a policy without training 0, best result 1.
 
-    best: "run", the best single run of the task, or "setting", the best mean over seeds of a setting. Both are held
-    fixed in the bootstrap. Empty before the first such seed, since the best is not known until then.
+    best: "run", the best single run of the task, or "setting", the best mean over seeds of a setting. zero: the "uniform"
+    random policy or the "initial" one. Both are held fixed in the bootstrap. Empty before the first such seed, since the
+    best is not known until then.
     """
-    envs, seeds = suites.MUJOCO, table1_seeds(results, suite)
-    low = results.random_means(envs)
+    envs, seeds = suites.MUJOCO, table1_seeds(r, suite)
+    low = r.random_means(envs) if zero == "uniform" else r.initial_means(suite, envs)
     if low is None or not seeds:
         return {}
-    matrices = {s: results.matrix(suite, s, envs, seeds) for s in suites.TABLE1}
+    matrices = {s: r.matrix(suite, s, envs, seeds) for s in suites.TABLE1}
     tops = np.max([x.max(axis=0) if best == "run" else x.mean(axis=0) for x in matrices.values()], axis=0)
     return {s: stats.normalize(x, low, tops) for s, x in matrices.items()}
 
 
-def table1(results: Results, suite: str) -> str:
+def table1(r: Results, suite: str) -> str:
     """Table 1 of the paper beside ours, and the returns that it was made of."""
-    by_run, by_setting = (table1_scores(results, suite, best) for best in ("run", "setting"))
+    by_run, by_setting = (table1_scores(r, suite, best) for best in ("run", "setting"))
     rows = []
-    for row in results.csv("table1.csv"):
-        s = row["setting"]
-        cells = (
-            [with_interval(by_run[s]), with_interval(by_setting[s]), with_interval(by_run[s], stats.iqm)]
-            if by_run
-            else [""] * 3
-        )
-        rows.append([s, row["score"], *cells, seeds_text(results.complete_seeds(suite, s, suites.MUJOCO))])
+    for row in r.csv("table1.csv"):
+        s, cells = row["setting"], [""] * 3
+        if by_run:
+            cells = [with_interval(by_run[s]), with_interval(by_setting[s]), with_interval(by_run[s], stats.iqm)]
+        compared = difference(by_run[s], by_run[CLIP_02], "{:+.2f}".format) if by_run and s != CLIP_02 else ""
+        rows.append([s, row["score"], *cells, seeds_text(r.complete_seeds(suite, s, suites.MUJOCO)), compared])
     head = ["setting", "paper", "ours, best run = 1", "ours, best setting = 1", "ours, IQM, best run = 1", "whole seeds run"]
-    text = markdown(head, rows)
+    text = markdown([*head, "minus clipping 0.2, best run = 1"], rows)
     if by_run:
-        text += f"\nScores are of the seeds that every setting has: {seeds_text(table1_seeds(results, suite))}.\n"
-    rows = [[s, *(results.cell(suite, s, env) for env in suites.MUJOCO)] for s in suites.TABLE1]
-    return text + "\n" + markdown(["return", *suites.MUJOCO], rows) + results.footer(suite)
+        text += f"\nScores are of the seeds that every setting has: {seeds_text(table1_seeds(r, suite))}.\n"
+    rows = [[s, *(r.cell(suite, s, env) for env in suites.MUJOCO)] for s in suites.TABLE1]
+    return text + "\n" + markdown(["return", *suites.MUJOCO], rows) + r.footer(suite)
 
 
-def table_table1(results: Results) -> str:
-    return table1(results, "table1")
+def table_table1(r: Results) -> str:
+    return table1(r, "table1")
 
 
-def table_table1_details(results: Results) -> str:
-    return table1(results, "table1-details")
+def table_table1_normalized(r: Results) -> str:
+    return table1(r, "table1-normalized")
 
 
-def detail_scores(results: Results, envs) -> dict[str, np.ndarray]:
-    """Scores (seeds, tasks) with all details on and with one off, where the random policy is 0 and all on is 1.
-
-    Of the settings that have a whole seed of these tasks; empty if none has, or if a score to compare with is missing.
-    """
-    on, low = results.matrix("base", "default", envs), results.random_means(envs)
-    off = {setting: results.matrix("details", setting, envs) for setting in suites.DETAILS}
-    off = {setting: scores for setting, scores in off.items() if len(scores)}
-    if not off or not len(on) or low is None:
-        return {}
-    return {setting: stats.normalize(scores, low, on.mean(axis=0)) for setting, scores in {ALL_ON: on, **off}.items()}
+def table_table1_details(r: Results) -> str:
+    return table1(r, "table1-details")
 
 
-def detail_effect(off: np.ndarray, on: np.ndarray) -> tuple[float, float, float]:
-    """Difference of the mean scores and its 95% interval, which is the difference itself where there is one seed."""
-    mean = float(stats.mean(off) - stats.mean(on))
-    return mean, *(stats.difference_interval(off, on) if len(off) > 1 and len(on) > 1 else (mean, mean))
-
-
-def table_details(results: Results) -> str:
-    scores, rows = detail_scores(results, suites.DETAILS_TASKS), []
-    for setting in suites.DETAILS:
-        cells = [results.cell("details", setting, env) for env in suites.DETAILS_TASKS]
-        effect = probability = ""
-        if setting in scores:
-            off, on = scores[setting], scores[ALL_ON]
-            mean, low, high = detail_effect(off, on)
-            effect = f"{mean:+.2f}"
-            probability = f"{stats.probability_of_improvement(off, on):.2f}"
-            if len(off) > 1 and len(on) > 1:
-                effect += f" [{low:+.2f}, {high:+.2f}]"
-                low, high = stats.probability_of_improvement_interval(off, on)
-                probability += f" [{low:.2f}, {high:.2f}]"
-        rows.append(
-            [setting, effect, probability, *cells, seeds_text(results.complete_seeds("details", setting, suites.DETAILS_TASKS))]
-        )
-    all_on = [ALL_ON, "", "", *(results.cell("base", "default", env) for env in suites.DETAILS_TASKS)]
-    rows.insert(0, [*all_on, seeds_text(results.complete_seeds("base", "default", suites.DETAILS_TASKS))])
-    head = ["one detail off", "effect on the normalized score", "probability of improvement", *suites.DETAILS_TASKS, "seeds"]
-    return markdown(head, rows) + results.footer("details")
-
-
-ATARI_LABELS = {s: "float32" if s == "default" else s for _, s, *_ in suites.ATARI_SHORT}
-
-
-def table_atari_short(results: Results) -> str:
+def table_levels(r: Results) -> str:
+    """Clipping 0.2 on each task beside the paper's Figure 3, which is of the same setting."""
+    other = {x["env"]: x["mean"] for x in r.csv("mujoco_ppo_published.csv") if x["source"].endswith("read by 37-details blog")}
+    keys = [*((suite, CLIP_02) for suite in ("table1", "table1-normalized")), BASE]
     rows = []
-    for game, setting, _, planned, _ in suites.ATARI_SHORT:
-        group = results.runs.get(("atari-short", setting, game), {})
-        scores = hours = steps = ""
-        if group:
-            finals = [group[seed]["final"] for seed in sorted(group)]
-            scores = ", ".join(f"{final['return']:.1f}" for final in finals)
-            steps = f"{finals[0]['global_step']:,}"
-            if run.is_stopped_early(next(iter(group.values()))["header"]["args"], finals[0]["global_step"]):
-                steps += f" (stopped; of {planned:,})"
-            hours = ", ".join(f"{final['seconds'] / 3600:.1f}" for final in finals)
-        score, seeds = results.cell("atari-short", setting, game), seeds_text(list(group))
-        rows.append([game, ATARI_LABELS[setting], score, seeds, scores, steps or f"(planned: {planned:,})", hours])
-    head = ["game", "setting", "score, last 100 games", "seeds", "scores by seed", "steps", "hours by seed"]
-    return markdown(head, rows) + results.footer("atari-short")
-
-
-def table_table6(results: Results) -> str:
-    published = {row["game"]: row for row in results.csv("ppo_paper_atari_table6.csv")}
-    rows = []
-    for game in suites.ATARI:
-        row = published[game]
-        seeds = seeds_text(list(results.runs.get(("table6", "default", game), {})))
-        rows.append([game, results.cell("table6", "default", game), seeds, row["ppo"], row["a2c"], row["acer"]])
-    return markdown(["game", "ours", "seeds", "PPO, paper", "A2C, paper", "ACER, paper"], rows) + results.footer("table6")
-
-
-def table_games_won(results: Results) -> str:
-    """Games won, and medians of the human-normalized score, over the games that were run."""
-    published = {row["game"]: row for row in results.csv("ppo_paper_atari_table6.csv")}
-    levels = {row["game"]: row for row in results.csv("atari_human_random.csv")}
-    games = [game for game in suites.ATARI if ("table6", "default", game) in results.runs]
-    wins = {"a2c": 0, "acer": 0, "ours": 0, "tie": 0}
-    for game in games:
-        scores = {"a2c": float(published[game]["a2c"]), "acer": float(published[game]["acer"])}
-        scores["ours"] = float(results.scores("table6", "default", game).mean())
-        best = [name for name, score in scores.items() if score == max(scores.values())]
-        wins[best[0] if len(best) == 1 else "tie"] += 1
-    head = ["last 100 episodes", "A2C", "ACER", "PPO", "tie", "games", "human-normalized median of PPO"]
-    paper = next(row for row in results.csv("table2.csv") if row["metric"] == "last 100 episodes")
-    low, high = (np.array([float(levels[g][k]) for g in suites.ATARI]) for k in ("random", "human"))
-    theirs = np.array([[float(published[g]["ppo"]) for g in suites.ATARI]])
-    median = number(float(stats.median(stats.normalize(theirs, low, high))))
-    rows = [["paper", paper["a2c"], paper["acer"], paper["ppo"], paper["tie"], "49", median]]
-    ours = [str(wins[k]) if games else "" for k in ("a2c", "acer", "ours", "tie")]
-    matrix = results.matrix("table6", "default", suites.ATARI)
-    human = with_interval(stats.normalize(matrix, low, high), stats.median) if len(matrix) else ""
-    rows.append(["ours against the paper's A2C and ACER", *ours, str(len(games)) if games else "", human])
-    return markdown(head, rows)
-
-
-KL_SETTING, KL_TARGET = "adaptive KL 0.01", 0.01
-
-
-def table_kl_penalty(results: Results) -> str:
-    """Clipping beside the adaptive penalty, and how far the measured KL of an update is from its target."""
-    rows = []
-    for env in suites.MUJOCO:
-        clip, penalty = results.scores("base", "default", env), results.scores("table1-details", KL_SETTING, env)
-        if not len(clip) or not len(penalty):
-            rows.append([f"{env}-v4", results.cell("base", "default", env), "", "", "", ""])
-            continue
-        group = results.runs["table1-details", KL_SETTING, env]
-        updates = [r["curve"]["kl_of_updates"] for r in group.values()]
-        late = [x for kls in updates for x in kls[len(kls) // 10 :]]  # after the first tenth of training
-        low = results.random[env]["mean"] if env in results.random else None
-        ratio = "" if low is None else f"{(penalty.mean() - low) / (clip.mean() - low):.1%}"
-        inside = np.mean([1 / 3 <= x / KL_TARGET <= 3 for x in late])
-        rows.append([
-            f"{env}-v4", with_interval(clip), with_interval(penalty), ratio,
-            f"{np.median(late):.4f}", f"{inside:.1%}",
-        ])  # fmt: skip
+    for row in r.csv("figure3.csv"):
+        ours = [r.cell(*key, row["task"]) for key in keys]
+        n = ", ".join(str(len(r.seeds(*key, row["task"]))) for key in keys)
+        rows.append([f"{row['task']}-v4", row["paper (figure read)"], other.get(row["task"], ""), *ours, n])
     head = [
-        "task",
-        "clipping (suite base)",
-        KL_SETTING,
-        "penalty / clipping, random policy 0",
-        "median KL",
-        "updates within a factor of 3 of the target",
+        "clipping 0.2",
+        "paper, Figure 3",
+        "another reading of it",
+        *list(CONFIGURATIONS.values())[:2],
+        ALL_ON,
+        "runs of each",
     ]
     return markdown(head, rows)
 
 
-def table_discrete(results: Results) -> str:
+def table_distance(r: Results) -> str:
+    """Root mean square distance from the paper's eleven scores, by configuration, zero point and reading of "best"."""
+    paper, rows = {row["setting"]: float(row["score"]) for row in r.csv("table1.csv")}, []
+    for suite, name in CONFIGURATIONS.items():
+        for zero, best in (("uniform", "run"), ("uniform", "setting"), ("initial", "run"), ("initial", "setting")):
+            scores = table1_scores(r, suite, best, zero)
+            cells = [""] * 4
+            if scores:
+                off = {s: float(stats.mean(x)) - paper[s] for s, x in scores.items()}
+                ten = [x for s, x in off.items() if s != NO_CLIPPING]
+                row = scores[NO_CLIPPING]
+                cells = [f"{np.sqrt(np.mean(np.square(list(x)))):.2f}" for x in (off.values(), ten)]
+                cells += [with_interval(row), str(len(row))]
+            rows.append([name, zero, f"best {best}", *cells])
+    head = ["configuration", "0 is the policy", "1 is the", "distance, eleven rows", "without the first row"]
+    return markdown([*head, f"{NO_CLIPPING} (paper: -0.39)", "seeds"], rows)
+
+
+def table_collapse(r: Results) -> str:
+    """The row without clipping or penalty: how often a run ends where it learned nothing."""
+    rows = []
+    for suites_of, name in ((("table1",), "as printed"), (("table1-normalized", "collapse"), "observations normalized")):
+        for env in suites.MUJOCO:
+            scores = np.concatenate([r.scores(suite, NO_CLIPPING, env) for suite in suites_of]).ravel()
+            learned, low = r.scores(suites_of[0], CLIP_02, env), r.random_means([env])
+            cells = [""] * 3
+            if len(scores) and low is not None:
+                cells = [share(int((scores < low).sum()), len(scores)), "", number(float(np.median(scores)))]
+                cells[2] += f" ({number(scores.min())} to {number(scores.max())})"
+                if len(learned):
+                    cells[1] = share(int((scores < low + (learned.mean() - low) / 10).sum()), len(scores))
+            rows.append([name, f"{env}-v4", *cells])
+    head = ["configuration", "task", "ends below the uniform policy", "below a tenth of clipping 0.2", "median (range)"]
+    return markdown(head, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other suites
+
+
+def table_kl_penalty(r: Results) -> str:
+    """Clipping beside the adaptive penalty, and how far the measured KL of an update is from its target."""
+    rows = []
+    for env in suites.MUJOCO:
+        clip, penalty, cells = r.scores(*BASE, env), r.scores("table1-details", KL_SETTING, env), [""] * 5
+        if len(clip) and len(penalty):
+            updates = [curve["kl_of_updates"] for curve in r.groups["table1-details", KL_SETTING, env]["curve"]]
+            late = np.array([kl for kls in updates for kl in kls[len(kls) // 10 :]])  # after the first tenth of training
+            low = r.random_means([env])
+            ratio = "" if low is None else f"{(penalty.mean() - low[0]) / (clip.mean() - low[0]):.1%}"
+            inside = np.mean((late >= KL_TARGET / 3) & (late <= 3 * KL_TARGET))
+            cells = [with_interval(penalty), difference(penalty, clip), ratio, f"{np.median(late):.4f}", f"{inside:.1%}"]
+        rows.append([f"{env}-v4", r.cell(*BASE, env), *cells])
+    head = ["task", "clipping (suite base)", KL_SETTING, "penalty minus clipping", "penalty / clipping, random policy 0"]
+    return markdown([*head, "median KL", "updates within a factor of 3 of the target"], rows)
+
+
+def table_discrete(r: Results) -> str:
     rows = []
     for setting, (env, flags, _) in suites.DISCRETE.items():
-        group = results.runs.get(("discrete", setting, env), {})
         given = " ".join(x for k, v in flags.items() if k != "total_timesteps" for x in suites.option(k, v))
-        if not group:
-            rows.append([setting, env, "", "", "", "", given])
-            continue
-        rows.append([
-            setting, env, with_interval(results.scores("discrete", setting, env)),
-            with_interval(results.scores("discrete", setting, env, "return_over_training")), seeds_text(list(group)),
-            f"{next(iter(group.values()))['final']['global_step']:,}", given,
-        ])  # fmt: skip
+        key = ("discrete", setting, env)
+        steps = f"{r.groups[key]['steps'].iloc[0]:,}" if key in r.groups else ""
+        rows.append([setting, env, r.cell(*key), r.cell(*key, "return_over_training"), seeds_text(r.seeds(*key)), steps, given])
     head = ["setting", "task", "return, last 100 episodes", "return, all episodes", "seeds", "steps", "flags"]
-    return markdown(head, rows) + results.footer("discrete")
+    return markdown(head, rows) + r.footer("discrete")
 
 
-def measured(group: dict[int, dict], key: str, place: int) -> list[float]:
-    """A measure of the evaluations of ppo_rlhf.py, by seed: at the start (place 0) or at the end (place -1)."""
-    return [group[seed]["curve"]["evaluations"][place][key] for seed in sorted(group)]
+def detail_scores(r: Results, envs) -> dict[str, np.ndarray]:
+    """Scores (seeds, tasks) with all details on and with one off, where the random policy is 0 and all on is 1.
+
+    Of the settings that have a whole seed of these tasks; empty if none has, or if a score to compare with is missing.
+    """
+    on, low = r.matrix(*BASE, envs), r.random_means(envs)
+    off = {s: scores for s in suites.DETAILS if len(scores := r.matrix("details", s, envs))}
+    if not off or not len(on) or low is None:
+        return {}
+    return {s: stats.normalize(scores, low, on.mean(axis=0)) for s, scores in {ALL_ON: on, **off}.items()}
 
 
-def table_rlhf_exact(results: Results) -> str:
+def table_details(r: Results) -> str:
+    scores, envs = detail_scores(r, suites.DETAILS_TASKS), suites.DETAILS_TASKS
+    rows = [[ALL_ON, "", "", *(r.cell(*BASE, env) for env in envs), seeds_text(r.complete_seeds(*BASE, envs))]]
+    for setting in suites.DETAILS:
+        effect = probability = ""
+        if setting in scores:
+            off, on = scores[setting], scores[ALL_ON]
+            effect, probability = difference(off, on, "{:+.2f}".format), f"{stats.probability_of_improvement(off, on):.2f}"
+            if min(len(off), len(on)) > 1:
+                probability += brackets(*stats.probability_of_improvement_interval(off, on), "{:.2f}".format)
+        cells = [r.cell("details", setting, env) for env in envs]
+        rows.append([setting, effect, probability, *cells, seeds_text(r.complete_seeds("details", setting, envs))])
+    head = ["one detail off", "effect on the normalized score", "probability of improvement", *envs, "seeds"]
+    return markdown(head, rows) + r.footer("details")
+
+
+def table_atari_short(r: Results) -> str:
+    rows = []
+    for game, setting, _, planned, _ in suites.ATARI_SHORT:
+        group, cells = r.groups.get(("atari-short", setting, game)), ["", f"(planned: {planned:,})", ""]
+        if group is not None:
+            last = int(group["steps"].iloc[0])
+            stopped = is_stopped_early(group["header"].iloc[0]["args"], last)
+            steps = f"{last:,}" + (f" (stopped; of {planned:,})" if stopped else "")
+            cells = [", ".join(f"{x:.1f}" for x in group["return"]), steps]
+            cells.append(", ".join(f"{x / 3600:.1f}" for x in group["seconds"]))
+        seeds = seeds_text(r.seeds("atari-short", setting, game))
+        rows.append([game, ATARI_LABELS[setting], r.cell("atari-short", setting, game), seeds, *cells])
+    head = ["game", "setting", "score, last 100 games", "seeds", "scores by seed", "steps", "hours by seed"]
+    return markdown(head, rows) + r.footer("atari-short")
+
+
+def table_table6(r: Results) -> str:
+    published, rows = {row["game"]: row for row in r.csv("ppo_paper_atari_table6.csv")}, []
+    for game in suites.ATARI:
+        ours = [r.cell("table6", "default", game), seeds_text(r.seeds("table6", "default", game))]
+        rows.append([game, *ours, *(published[game][k] for k in ("ppo", "a2c", "acer"))])
+    return markdown(["game", "ours", "seeds", "PPO, paper", "A2C, paper", "ACER, paper"], rows) + r.footer("table6")
+
+
+def table_games_won(r: Results) -> str:
+    """Games won, and medians of the human-normalized score, over the games that were run."""
+    published = pd.DataFrame(r.csv("ppo_paper_atari_table6.csv")).set_index("game").astype(float)
+    levels = pd.DataFrame(r.csv("atari_human_random.csv")).set_index("game").loc[list(suites.ATARI), ["random", "human"]]
+    low, high = levels.astype(float).to_numpy().T
+    games = [game for game in suites.ATARI if ("table6", "default", game) in r.groups]
+    wins = dict.fromkeys(("a2c", "acer", "ours", "tie"), 0)
+    for game in games:
+        scores = published.loc[game, ["a2c", "acer"]].to_dict() | {"ours": float(r.scores("table6", "default", game).mean())}
+        best = [name for name, score in scores.items() if score == max(scores.values())]
+        wins[best[0] if len(best) == 1 else "tie"] += 1
+    paper = next(row for row in r.csv("table2.csv") if row["metric"] == "last 100 episodes")
+    theirs = stats.normalize(published.loc[list(suites.ATARI), "ppo"].to_numpy()[None], low, high)
+    rows = [["paper", *(paper[k] for k in ("a2c", "acer", "ppo", "tie")), "49", number(float(stats.median(theirs)))]]
+    matrix = r.matrix("table6", "default", suites.ATARI)
+    human = with_interval(stats.normalize(matrix, low, high), stats.median) if len(matrix) else ""
+    ours = [str(n) if games else "" for n in (*wins.values(), len(games))]
+    rows.append(["ours against the paper's A2C and ACER", *ours, human])
+    head = ["last 100 episodes", "A2C", "ACER", "PPO", "tie", "games", "human-normalized median of PPO"]
+    return markdown(head, rows)
+
+
+def table_measured(r: Results) -> str:
+    """What the README says of all this: sentences whose numbers are those of the tables."""
+    lines, page = [], "benchmarks/RESULTS.md"
+    cheetah, low = r.scores(*BASE, "HalfCheetah").ravel(), r.random_means(["Reacher"])
+    if len(cheetah):
+        above = share(int((cheetah >= MODES).sum()), len(cheetah))
+        lines.append(f"HalfCheetah has [two kinds of runs]({page}#two-kinds-of-runs-on-halfcheetah) with nothing changed:")
+        lines[-1] += f" {above}, end above {MODES:.0f}."
+    for suite, name in list(CONFIGURATIONS.items())[:2]:
+        if scores := table1_scores(r, suite, "run"):
+            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}: clipping 0.2 scores")
+            lines[-1] += f" {with_interval(scores[CLIP_02])} (paper: 0.82), no clipping or penalty"
+            lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (paper: -0.39), {len(scores[NO_CLIPPING])} seeds."
+    levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
+    if any(cell for _, cell in levels):
+        lines.append("Walker2d in that table: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
+        lines[-1] += "; the paper's Figure 3 shows 3000 to 3460."
+    reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
+    if len(reacher) and low is not None:
+        below = share(int((reacher < low[0]).sum()), len(reacher))
+        lines.append(f"Without clipping or penalty, observations normalized, Reacher ends below the random policy in {below}.")
+    known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
+    if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
+        told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
+        lines.append("TRPO with tuned settings minus PPO: ")
+        lines[-1] += ", ".join(
+            f"{env} {difference(*xy)}, {len(xy[0])} against {len(xy[1])} runs" for env, xy in known.items() if told[env]
+        )
+        lines[-1] += (
+            f"; on {' and '.join(env for env in known if not told[env])} not told apart." if not all(told.values()) else "."
+        )
+    if cell := r.cell("atari-short", LARGER, "Breakout"):
+        lines.append(f"Breakout after 1M steps on a CPU, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def measured(r: Results, suite: str, setting: str, env: str, measure: str) -> list[tuple[float, float]]:
+    """A measure of the evaluations of ppo_rlhf.py before and after the training, by ascending seed."""
+    curves = [run["evaluations"] for run in r.groups[suite, setting, env]["curve"]]
+    return [(evaluations[0][measure], evaluations[-1][measure]) for evaluations in curves]
+
+
+def table_rlhf_exact(r: Results) -> str:
     rows = []
     for setting, (_, env, _) in suites.RLHF["rlhf-exact"].items():
-        group = results.runs.get(("rlhf-exact", setting, env), {})
-        starts, ends, best = (measured(group, key, i) for key, i in (("objective", 0), ("objective", -1), ("optimum", -1)))
-        for seed, start, end, optimum in zip(sorted(group), starts, ends, best, strict=True):
-            share = (end - start) / (optimum - start)
-            rows.append([setting, str(seed), f"{start:.3f}", f"{end:.3f}", f"{optimum:.3f}", f"{share:.4f}"])
+        for i, seed in enumerate(r.seeds("rlhf-exact", setting, env)):
+            (before, after), (_, best) = (measured(r, "rlhf-exact", setting, env, x)[i] for x in ("objective", "optimum"))
+            row = [f"{x:.3f}" for x in (before, after, best)]
+            rows.append([setting, str(seed), *row, f"{(after - before) / (best - before):.3f}"])
     head = ["penalty in the reward", "seed", "J of the reference", "J reached", "best J", "share of the way"]
-    return markdown(head, rows) + results.footer("rlhf-exact")
+    return markdown(head, rows) + r.footer("rlhf-exact")
 
 
-RLHF_MEASURES = ("score", "vader", "kl", "reference_nll", "ended", "length", "distinct_2")
-
-
-def table_rlhf(results: Results) -> str:
+def table_rlhf(r: Results) -> str:
     rows, footers = [], ""
+    measures = ("score", "vader", "kl", "reference_nll", "ended", "length", "distinct_2")
     for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
         for setting, (_, env, _) in suites.RLHF[suite].items():
-            group = results.runs.get((suite, setting, env), {})
-            cells = [
-                f"{np.mean(measured(group, key, 0)):.2f} -> {np.mean(measured(group, key, -1)):.2f}" if group else ""
-                for key in RLHF_MEASURES
-            ]
-            rows.append([suite, setting, *cells, seeds_text(list(group))])
-        footers += results.footer(suite) if any(key[0] == suite for key in results.runs) else ""
-    head = ["suite", "setting", "score", "VADER", "KL", "reference nats", "ended", "length", "distinct pairs", "seeds"]
+            seeds = r.seeds(suite, setting, env)
+            means = [np.mean(measured(r, suite, setting, env, x), axis=0) for x in measures] if seeds else []
+            cells = [f"{before:.2f} -> {after:.2f}" for before, after in means] or [""] * len(measures)
+            rows.append([f"{suite}, {setting}", *cells, seeds_text(seeds)])
+        footers += r.footer(suite) if len(r.of(suite)) else ""
+    head = ["suite, setting", "score", "VADER", "KL", "reference nats", "ended", "length", "distinct pairs", "seeds"]
     return markdown(head, rows) + footers
 
 
-def table_random(results: Results) -> str:
+def table_random(r: Results) -> str:
     rows = []
     for env in suites.MUJOCO:
-        r = results.random.get(env)
-        rows.append([r["id"], number(r["mean"]), number(r["std"]), str(r["episodes"])] if r else [f"{env}-v4", "", "", ""])
+        x = r.random.get(env)
+        rows.append([x["id"], number(x["mean"]), number(x["std"]), str(x["episodes"])] if x else [f"{env}-v4", "", "", ""])
     return markdown(["task", "mean return", "standard deviation", "episodes"], rows)
 
 
-def table_speed_short(results: Results) -> str:
-    """Ours beside the peers on MuJoCo, with as many environments each."""
-    header, *measured = results.speed.get("mujoco", [{}])
+def speed_rates(measured: list[dict]) -> pd.DataFrame:
+    """Steps per second: a row for each alternation, a column for each contestant, in the order of measuring."""
+    frame = pd.DataFrame(measured)
+    return frame.pivot(index="round", columns="contestant", values="sps")[list(dict.fromkeys(frame["contestant"]))]
+
+
+def table_speed_short(r: Results) -> str:
+    """Ours beside the peers on MuJoCo, with as many environments each; ratios are those within an alternation."""
+    header, *measured = r.speed.get("mujoco", [{}])
     if not measured:
         return "Nothing was measured yet.\n"
     rows, peers = [], ("CleanRL", "Stable-Baselines3", "sbx")
     for envs in ("1 env", "8 envs"):
-        rates = {
-            name: np.array([r["sps"] for r in measured if r["contestant"] == f"{name}, {envs}"]) for name in ("ours", *peers)
-        }
-        ratios = [rates["ours"] / rates[name] if len(rates[name]) else rates[name] for name in peers]
-        cells = [(x, 0) for x in rates.values()] + [(x, 1) for x in ratios]
-        rows.append([envs, *(with_extremes(x, digits) if len(x) else "" for x, digits in cells)])
+        rates = speed_rates(measured).reindex(columns=[f"{name}, {envs}" for name in ("ours", *peers)])
+        ratios = rates.iloc[:, [0]].to_numpy() / rates.iloc[:, 1:]
+        cells = [with_extremes(rates[c], 0) for c in rates] + [with_extremes(ratios[c], 1) for c in ratios]
+        rows.append([envs, *cells])
     head = [header["env"], "ours, steps/s", *peers, *(f"ours / {name}" for name in ("CleanRL", "SB3", "sbx"))]
     return markdown(head, rows)
 
 
-def table_speed(results: Results) -> str:
-    text = ""
-    for name, records in results.speed.items():
-        header, measured = records[0], records[1:]
-        rates: dict[str, dict[int, float]] = {}
-        for record in measured:
-            rates.setdefault(record["contestant"], {})[record["round"]] = record["sps"]
-        first = next(iter(rates))
-        rows = []
-        for contestant, by_round in rates.items():
-            values = np.array(list(by_round.values()))
-            ratios = np.array([rates[first][r] / by_round[r] for r in by_round if r in rates[first]])
-            rows.append([contestant, with_extremes(values, 0), with_extremes(ratios, 2), str(len(values))])
+def table_speed(r: Results) -> str:
+    texts = []
+    for name, (header, *measured) in r.speed.items():
+        rates = speed_rates(measured)
+        first = rates.columns[0]
+        rows = [
+            [c, with_extremes(rates[c], 0), with_extremes(rates[first] / rates[c], 2), str(rates[c].count())] for c in rates
+        ]
         head = [header["env"], "steps/s, median [min, max]", f"{first} / this", "alternations"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
-        text += f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n" + markdown(head, rows)
-        text += (
-            f"\n{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the machine "
+        texts.append(
+            f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n{markdown(head, rows)}\n"
+            f"{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the machine "
             f"before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and compilation "
-            f"left out.\n\n"
+            f"left out.\n"
         )
-    return text.rstrip("\n") + "\n" if text else "Nothing was measured yet.\n"
+    return "\n".join(texts) or "Nothing was measured yet.\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each has a function for its data and one that draws it. The digest of both is stored in the file.
 
-STYLES = (("black", "-", "o", "black"), ("#c0392b", "--", "s", "white"), ("#7f8c8d", "-.", "^", "#7f8c8d"))
 
-
-def curves_data(results: Results, algorithms: dict[str, tuple[str, str]], envs) -> dict:
-    """env -> algorithm -> steps, mean, interval of the last-100 return over seeds."""
+def curves_data(r: Results, lines: dict[str, tuple[str, str]], envs) -> dict:
+    """{task: {line: plot.band(...)}}; a line is a setting of a suite."""
     data: dict = {}
     for env in envs:
-        for algorithm, key in algorithms.items():
-            curves = [r["curve"] for r in results.runs.get((*key, env), {}).values()]
-            if not curves:
-                continue
-            points = [i for i in range(len(curves[0]["return"])) if all(c["return"][i] is not None for c in curves)]
-            steps = [curves[0]["global_step"][i] for i in points]
-            returns = np.array([[c["return"][i] for i in points] for c in curves])  # (seeds, points)
-            # whole curves are resampled: the same seeds at all points
-            resampled = returns[np.random.default_rng(0).integers(len(returns), size=(2000, len(returns)))].mean(axis=1)
-            low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-            data.setdefault(env, {})[algorithm] = {
-                "steps": steps,
-                "mean": returns.mean(axis=0).round(3).tolist(),
-                "low": low.round(3).tolist(),
-                "high": high.round(3).tolist(),
-                "seeds": len(curves),
-            }
+        for name, key in lines.items():
+            if (*key, env) in r.groups:
+                data.setdefault(env, {})[name] = plot.band(list(r.groups[*key, env]["curve"]))
     return data
 
 
-def draw_curves(data: dict, plt):
-    columns = min(4, len(data))
-    rows = -(-len(data) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), squeeze=False)
-    for axis in axes.flat[len(data) :]:
-        axis.axis("off")
-    names: dict = {}
-    for axis, (env, algorithms) in zip(axes.flat, data.items(), strict=False):
-        for i, (algorithm, curve) in enumerate(algorithms.items()):
-            color, line, marker, face = STYLES[i % len(STYLES)]
-            million = np.array(curve["steps"]) / 1e6
-            every = max(len(million) // 8, 1)
-            (names[algorithm],) = axis.plot(
-                million,
-                curve["mean"],
-                line,
-                color=color,
-                marker=marker,
-                markevery=(i * every // 3, every),
-                markersize=4,
-                mfc=face,
-                lw=1.2,
-            )
-            axis.fill_between(million, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
-        seeds = sorted({curve["seeds"] for curve in algorithms.values()})
-        axis.set_title(f"{env} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-        axis.set_xlabel("million steps", fontsize=7)
-    axes.flat[0].set_ylabel("return, last 100 episodes", fontsize=8)
-    below = 0.0  # share of the height that the legend takes
-    if len(names) > 1:
-        free = len(data) < axes.size  # a panel is free for the legend; else it goes below, in a row
-        where, columns = ("lower right", 1) if free else ("lower center", len(names))
-        figure.legend(names.values(), names.keys(), loc=where, ncols=columns, fontsize=9, frameon=False, handlelength=4)
-        below = 0.0 if free else 0.3 / figure.get_figheight()
-    figure.tight_layout(rect=(0, below, 1, 1))
-    return figure
-
-
-def table1_data(results: Results) -> dict:
-    paper = {row["setting"]: float(row["score"]) for row in results.csv("table1.csv")}
+def table1_data(r: Results) -> dict:
     data: dict = {}
-    for suite, label in (("table1", "ours, as printed"), ("table1-details", "ours, all details")):
-        for setting, scores in table1_scores(results, suite, "run").items():
+    for suite, name in CONFIGURATIONS.items():
+        for setting, scores in table1_scores(r, suite, "run").items():
             low, high = stats.interval(scores) if len(scores) > 1 else (float(stats.mean(scores)),) * 2
-            data.setdefault(label, {})[setting] = [round(float(stats.mean(scores)), 4), round(low, 4), round(high, 4)]
+            data.setdefault(f"ours, {name}", {})[setting] = [round(float(x), 4) for x in (stats.mean(scores), low, high)]
+    paper = {row["setting"]: float(row["score"]) for row in r.csv("table1.csv")}
     return {"paper": paper, "ours": data} if data else {}
 
 
-TABLE1_BOTTOM = -0.6  # of the plot: a bar that goes below it is cut off and says its score, so that the others stay readable
-
-
-def draw_table1(data: dict, plt):
-    settings = list(data["paper"])
-    series = {"paper": {s: [x, x, x] for s, x in data["paper"].items()}, **data["ours"]}
-    figure, axis = plt.subplots(figsize=(9, 3.8))
-    width = 0.8 / len(series)
-    looks = (("white", "////"), ("#c8c8c8", ""), ("#707070", ""))
-    for i, (label, bars) in enumerate(series.items()):
-        x = [settings.index(s) + (i - (len(series) - 1) / 2) * width for s in bars]
-        mean, low, high = (np.array([bars[s][k] for s in bars]) for k in range(3))
-        errors = [mean - low, high - mean] if (high > low).any() else None  # one seed has no interval
-        axis.bar(
-            x, mean, width, yerr=errors, label=label, color=looks[i][0], hatch=looks[i][1], edgecolor="black", lw=0.7,
-            error_kw={"ecolor": "black", "lw": 1.2, "capsize": 2},
-        )  # fmt: skip
-        for left, *score in zip(x, mean, low, high, strict=True):
-            if score[0] < TABLE1_BOTTOM:
-                text = f" {number(score[0])} [{number(score[1])}, {number(score[2])}]"
-                axis.text(left + width / 2, TABLE1_BOTTOM + 0.03, text, fontsize=8)
-    axis.axhline(0, color="black", lw=0.8)
-    if axis.get_ylim()[0] < TABLE1_BOTTOM:
-        axis.set_ylim(TABLE1_BOTTOM, 1.05)
-    axis.set_xticks(range(len(settings)), settings, rotation=30, ha="right", fontsize=8)
-    axis.set_ylabel("normalized score\n(random policy 0, best run 1)", fontsize=8)
-    axis.tick_params(axis="y", labelsize=8)
-    axis.grid(axis="y", alpha=0.25)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def details_data(results: Results) -> dict:
+def details_data(r: Results) -> dict:
     """Per task normalized scores of the runs with all details on and with one off; effects over all tasks, where known."""
-    by_task = {env: detail_scores(results, [env]) for env in suites.DETAILS_TASKS}
+    by_task = {env: detail_scores(r, [env]) for env in suites.DETAILS_TASKS}
     tasks = {env: {s: x.flatten().round(4).tolist() for s, x in scores.items()} for env, scores in by_task.items() if scores}
-    whole = detail_scores(results, suites.DETAILS_TASKS)
+    whole = detail_scores(r, suites.DETAILS_TASKS)
     on = whole.pop(ALL_ON, np.empty(0))  # nothing is compared with it where it is empty
     effects = {}
     for setting, off in whole.items():
-        mean, low, high = detail_effect(off, on)
+        mean = float(stats.mean(off) - stats.mean(on))
+        low, high = stats.difference_interval(off, on) if min(len(off), len(on)) > 1 else (mean, mean)
         effects[setting] = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
     return {"tasks": tasks, "effects": effects} if tasks else {}
 
 
-def draw_details(data: dict, plt):
-    """One panel a task, with its runs; where settings have a whole seed of all tasks, a forest plot of their effects."""
-    settings = [s for s in suites.DETAILS if any(s in runs for runs in data["tasks"].values())]
-    panels = len(data["tasks"]) + bool(data["effects"])
-    size = (2.6 * panels + 2.2, 0.24 * len(settings) + 1.1)
-    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (env, runs) in zip(axes.flat, data["tasks"].items(), strict=False):
-        axis.axvspan(min(runs[ALL_ON]), max(runs[ALL_ON]), color="#dddddd", lw=0)
-        axis.axvline(1, color="black", lw=0.8, ls=":")
-        for y, setting in enumerate(settings):
-            scores = runs.get(setting, [])
-            axis.plot(scores, [y] * len(scores), "o", color="black", mfc="white", markersize=4.5)
-            if len(scores) > 1:
-                axis.plot(np.mean(scores), y, "|", color="black", markersize=11, mew=1.6)
-        axis.set_title(f"{env}: score of each run", fontsize=8)
-        axis.set_xlabel("random policy 0, all details on 1;\nshaded: runs with all on", fontsize=7)
-    if data["effects"]:
-        axis = axes.flat[-1]
-        axis.axvline(0, color="black", lw=0.8, ls=":")
-        for setting, effect in data["effects"].items():
-            y = settings.index(setting)
-            axis.plot([effect["low"], effect["high"]], [y, y], "-", color="black", lw=1.4)
-            clear = effect["low"] < effect["high"] and (effect["low"] > 0 or effect["high"] < 0)  # one seed has no interval
-            axis.plot(effect["mean"], y, "s", color="black", mfc="black" if clear else "white", markersize=5)
-        axis.set_title("effect, mean over the tasks", fontsize=8)
-        axis.set_xlabel("95% interval, none with one seed;\nfilled: without 0", fontsize=7)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-    axes.flat[0].set_yticks(range(len(settings)), settings, fontsize=8)
-    axes.flat[0].invert_yaxis()
-    return figure
-
-
-def kl_data(results: Results) -> dict:
+def kl_data(r: Results) -> dict:
     """env -> seed -> steps and measured KL, of all tasks that were run."""
     data: dict = {}
     for env in suites.MUJOCO:
-        for seed, result in sorted(results.runs.get(("table1-details", KL_SETTING, env), {}).items()):
-            curve = result["curve"]
+        group = r.groups.get(("table1-details", KL_SETTING, env), r.runs[:0])
+        for seed, curve in zip(group["seed"], group["curve"], strict=True):
             points = [(step, kl) for step, kl in zip(curve["global_step"], curve["kl"], strict=True) if kl is not None]
             data.setdefault(env, {})[str(seed)] = points
     return data
 
 
-def draw_kl(data: dict, plt):
-    figure, axes = plt.subplots(1, len(data), figsize=(max(2.9 * len(data), 4), 2.7), squeeze=False, sharey=True)
-    for axis, (env, by_seed) in zip(axes.flat, data.items(), strict=True):
-        axis.axhspan(KL_TARGET / 3, 3 * KL_TARGET, color="#dddddd", lw=0, label="factor 3 around the target")
-        axis.axhline(KL_TARGET, color="black", lw=0.8, ls=":")
-        for (seed, points), (color, line, _, _) in zip(by_seed.items(), STYLES * 9, strict=False):
-            steps, kls = zip(*points, strict=True)
-            axis.plot(np.array(steps) / 1e6, kls, line, color=color, lw=1.1, label=f"seed {seed}")
-        tenth = max(step for points in by_seed.values() for step, _ in points) / 1e7
-        axis.axvline(tenth, color="black", lw=0.6, ls="--", label="a tenth of training")
-        axis.set_yscale("log")
-        axis.set_title(env, fontsize=9)
-        axis.set_xlabel("million steps", fontsize=7)
-        axis.tick_params(labelsize=7)
-    axes.flat[0].set_ylabel("KL of an update, mean of about 5", fontsize=8)
-    axes.flat[-1].legend(fontsize=7, frameon=False, loc="lower left")
-    figure.tight_layout()
-    return figure
+def curves_of(lines: dict[str, tuple[str, str]], envs) -> Callable[[Results], dict]:
+    return lambda r: curves_data(r, lines, envs)
 
 
-PLOTS: dict[str, tuple[str, Callable, Callable]] = {
-    "curves": ("Learning curves of PPO, TRPO and A2C", lambda r: curves_data(r, ALGORITHMS, suites.MUJOCO), draw_curves),
-    "table1": ("Table 1 of the paper beside ours", table1_data, draw_table1),
-    "kl": ("Measured KL of the adaptive penalty", kl_data, draw_kl),
-    "details": ("Effect of each detail", details_data, draw_details),
-    "atari_short": (
-        "Learning curves on Atari without a GPU",
-        lambda r: curves_data(r, {label: ("atari-short", s) for s, label in ATARI_LABELS.items()}, ("Pong", "Breakout")),
-        draw_curves,
-    ),
-    "atari": (
-        "Learning curves on Atari",
-        lambda r: curves_data(r, {"PPO": ("table6", "default")}, suites.ATARI),
-        draw_curves,
-    ),
+ATARI_LINES = {label: ("atari-short", s) for s, label in ATARI_LABELS.items()}
+PLOTS: dict[str, tuple[str, Callable[[Results], dict], Callable]] = {
+    "curves": ("Learning curves of PPO, TRPO and A2C", curves_of(ALGORITHMS, suites.MUJOCO), plot.draw_curves),
+    "table1": ("Table 1 of the paper beside ours", table1_data, figures.draw_table1),
+    "kl": ("Measured KL of the adaptive penalty", kl_data, figures.draw_kl),
+    "details": ("Effect of each detail", details_data, figures.draw_details),
+    "atari_short": ("Learning curves on Atari without a GPU", curves_of(ATARI_LINES, ("Pong", "Breakout")), plot.draw_curves),
+    "atari": ("Learning curves on Atari", curves_of({"PPO": ("table6", "default")}, suites.ATARI), plot.draw_curves),
 }
-
-
-def digest(data: dict, draw: Callable) -> str:
-    text = json.dumps([data, STYLES], sort_keys=True) + inspect.getsource(draw)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stored_digest(file: Path) -> str | None:
-    found = re.search(r"digest ([0-9a-f]{64})", file.read_text()) if file.is_file() else None
-    return found.group(1) if found else None
-
-
-def draw_plot(file: Path, data: dict, draw: Callable):
-    """Draws an SVG that is the same on every call, with its digest as description."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with mpl.rc_context({"svg.hashsalt": "ppo", "hatch.linewidth": 0.6}):
-        figure = draw(data, plt)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None, "Description": f"digest {digest(data, draw)}"})
-        plt.close(figure)
+TABLES: dict[str, Callable[[Results], str]] = {
+    name.removeprefix("table_"): function for name, function in list(globals().items()) if name.startswith("table_")
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-TABLES: dict[str, Callable[[Results], str]] = {
-    "base": table_base,
-    "published": table_published,
-    "figure3": table_figure3,
-    "second_hand": table_second_hand,
-    "table1": table_table1,
-    "table1_details": table_table1_details,
-    "kl_penalty": table_kl_penalty,
-    "discrete": table_discrete,
-    "details": table_details,
-    "atari_short": table_atari_short,
-    "table6": table_table6,
-    "games_won": table_games_won,
-    "rlhf_exact": table_rlhf_exact,
-    "rlhf": table_rlhf,
-    "random": table_random,
-    "speed": table_speed,
-    "speed_short": table_speed_short,
-}
 
 
 def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
@@ -713,11 +522,11 @@ def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
     opened, closed = len(re.findall("<!-- table:", text)), len(re.findall("<!-- /table -->", text))
     pattern = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
     if not opened == closed == len(pattern.findall(text)):
-        raise run.RunnerError(f"{name}: the table markers do not pair up")
+        raise RunnerError(f"{name}: the table markers do not pair up")
 
     def replace(match: re.Match) -> str:
         if match.group(1) not in tables:
-            raise run.RunnerError(f"{name}: there is no table {match.group(1)}; tables: {', '.join(tables)}")
+            raise RunnerError(f"{name}: there is no table {match.group(1)}; tables: {', '.join(tables)}")
         return f"<!-- table:{match.group(1)} -->\n{tables[match.group(1)]()}<!-- /table -->"
 
     return pattern.sub(replace, text)
@@ -726,44 +535,36 @@ def fill(text: str, tables: dict[str, Callable[[], str]], name: str) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something is stale")
-    parser.add_argument("--results-dir", type=Path, default=run.RESULTS)
-    parser.add_argument("--readme", type=Path, default=run.ROOT / "README.md")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=suites.ROOT / "README.md")
     parser.add_argument("--results-md", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--plots-dir", type=Path, default=HERE / "plots")
     options = parser.parse_args(argv)
-    stale = []
+    writes: dict[Path, Callable[[], object]] = {}  # what is stale, and how it is put right
     try:
         results = Results(options.results_dir)
         tables: dict[str, Callable[[], str]] = {name: functools.partial(table, results) for name, table in TABLES.items()}
         for name, (title, make_data, draw) in PLOTS.items():
             data, file = make_data(results), options.plots_dir / f"{name}.svg"
-            link = f"![{title}](plots/{file.name})\n" if data else "(No plot yet.)\n"
-            tables[f"plot_{name}"] = functools.partial(str, link)
-            if not data and file.is_file():
-                stale.append(file)
-                if not options.check:
-                    file.unlink()
-            elif data and stored_digest(file) != digest(data, draw):
-                stale.append(file)
-                if not options.check:
-                    draw_plot(file, data, draw)
+            tables[f"plot_{name}"] = functools.partial(str, f"![{title}](plots/{file.name})\n" if data else "(No plot yet.)\n")
+            if data and figures.stored_digest(file) != figures.digest(data, draw):
+                writes[file] = functools.partial(figures.draw_plot, file, data, draw)
+            elif not data and file.is_file():
+                writes[file] = file.unlink
         for file in (options.readme, options.results_md):
-            if not file.is_file():
-                continue
-            old = file.read_text()
-            new = fill(old, tables, file.name)
-            if new != old:
-                stale.append(file)
-                if not options.check:
-                    file.write_text(new)
-    except run.RunnerError as error:
+            old = file.read_text() if file.is_file() else ""
+            if (new := fill(old, tables, file.name)) != old:
+                writes[file] = functools.partial(file.write_text, new)
+    except RunnerError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
-    for file in stale:
+    for file, write in writes.items():
+        if not options.check:
+            write()
         print(f"{'stale' if options.check else 'written'}: {file.name}")
-    if not stale:
+    if not writes:
         print("tables and plots are what results/ say")
-    return 1 if stale and options.check else 0
+    return 1 if writes and options.check else 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ the suite is running already; 2: bad arguments.
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
 import functools
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,195 +29,15 @@ import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
 
-import stats
 import suites
 import tqdm
+from results import RESULTS, RunnerError, collect, is_finished, read_result, result_file, summarize, write_result
 
 ROOT = suites.ROOT
-RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "benchmarks" / "runs"  # not in git
-CURVE_POINTS = 100
 START_SECONDS = 15  # of a run before its first step, for the expected time
 MIN_FREE = 200e6  # bytes of disk below which no run is started
-# Arguments that are no part of a setting: where a run stands and what it shows, and what it runs on.
-LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes"}
-MACHINE = {"num_threads", "device", "compile"}
-
-
-class RunnerError(Exception):
-    """What the user can put right; printed as one sentence."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Result files
-
-
-def read_jsonl(file: Path) -> list[dict]:
-    """Records of a log; a last line that was cut off by a crash is left out."""
-    text = file.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def is_stopped_early(args: dict, last_step: int) -> bool:
-    """Whether a run with these arguments had another whole rollout to do after last_step."""
-    return last_step + args["num_envs"] * args["num_steps"] <= args["total_timesteps"]
-
-
-def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None, stopped: bool = False) -> list[dict]:
-    """The three records of a result file, from the logs of a finished run: header, final scores, thinned curve.
-
-    The curve is the mean return of the last 100 episodes that had ended by each of 100 evenly spaced steps; None before
-    the first. Runs with a KL penalty also keep their measured KL: means between these steps, and that of every update.
-    stopped: a run that was stopped early will do too.
-    """
-    try:
-        header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
-        episodes = read_jsonl(run_dir / "episodes.jsonl")
-        args = header["args"]
-        steps, returns = [e["global_step"] for e in episodes], [e["return"] for e in episodes]
-        last_step = iterations[-1]["global_step"] if iterations else 0
-        seconds = [record["charts/seconds"] for record in iterations]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunnerError(f"{run_dir} is no run directory with readable logs: {error!r}") from error
-    if is_stopped_early(args, last_step) and not (stopped and iterations):
-        raise RunnerError(f"{run_dir} is not finished: {last_step:,} of {args['total_timesteps']:,} steps")
-    # the clock of a run starts at 0 again where it was resumed
-    total_seconds = sum(a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a)
-    curve: dict[str, list] = {"global_step": [], "return": []}
-    ended = 0
-    penalized = bool(iterations) and "losses/kl" in iterations[0]  # ppo_kl_penalty.py: the exact KL of each update
-    if penalized:
-        curve["kl"], curve["kl_of_updates"] = [], [round(r["losses/kl"], 6) for r in iterations]
-    for k in range(1, CURVE_POINTS + 1):
-        step = last_step * k // CURVE_POINTS
-        while ended < len(steps) and steps[ended] <= step:
-            ended += 1
-        curve["global_step"].append(step)
-        curve["return"].append(round(stats.last_100(returns[:ended]), 4) if ended else None)
-        if penalized:  # mean over the updates since the last point
-            since = last_step * (k - 1) // CURVE_POINTS
-            kls = [r["losses/kl"] for r in iterations if since < r["global_step"] <= step]
-            curve["kl"].append(round(statistics.fmean(kls), 6) if kls else None)
-    measured = run_dir / "evaluations.jsonl"  # of ppo_rlhf.py: KL, an independent measure, ... in the course of training
-    if measured.is_file():
-        curve["evaluations"] = read_jsonl(measured)
-    return [
-        {
-            "suite": suite,
-            "setting": setting,
-            "env": args["env"],
-            "seed": args["seed"],
-            **{k: v for k, v in header.items() if k != "args"},
-            "args": {k: v for k, v in args.items() if k not in LOCAL},
-            "flags": flags,
-        },
-        {
-            "return": stats.last_100(returns) if returns else None,  # mean of the last 100 episodes
-            "return_over_training": statistics.fmean(returns) if returns else None,
-            "episodes": len(returns),
-            "global_step": last_step,
-            "seconds": round(total_seconds, 1),
-            "sps": iterations[-1]["charts/SPS"],  # of the last process, without start-up and compilation
-        },
-        curve,
-    ]
-
-
-@functools.cache
-def find_commit(script: str, sha256: str) -> str | None:
-    """The newest commit that holds exactly this text of a script."""
-    git = ["git", "-C", str(ROOT)]
-    path = f"benchmarks/{script}" if script == "baselines.py" else script
-    if not shutil.which("git"):
-        return None
-    log = subprocess.run([*git, "log", "--format=%H", "--", path], capture_output=True, text=True, check=False)
-    for commit in log.stdout.split():
-        text = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, check=False).stdout
-        if hashlib.sha256(text).hexdigest() == sha256:
-            return commit
-    return None
-
-
-def write_result(file: Path, records: list[dict]):
-    """Atomic, and the same bytes for the same records."""
-    header = records[0] | {"script_commit": find_commit(records[0]["script"], records[0]["script_sha256"])}
-    text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in [header, *records[1:]])
-    buffer = io.BytesIO()
-    with gzip.GzipFile("", "wb", 9, buffer, mtime=0) as f:
-        f.write(text.encode())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "wb") as out:
-            out.write(buffer.getvalue())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_result(file: Path) -> dict[str, dict]:
-    """{"header", "final", "curve"} of a result file."""
-    try:
-        header, final, curve = (json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines())
-    except (OSError, EOFError, ValueError, gzip.BadGzipFile) as error:
-        raise RunnerError(f"{file} is damaged ({type(error).__name__}): delete it and run again") from error
-    return {"header": header, "final": final, "curve": curve}
-
-
-def result_file(results: Path, suite: str, name: str) -> Path:
-    return results / suites.slug(suite) / f"{name}.jsonl.gz"
-
-
-def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
-    """The run of a stored suite that a result is of; RunnerError where its arguments are not those of the plan."""
-    name = suites.Run(suite, setting, header["script"], header["env"], header["seed"]).name
-    planned = next((r for r in suites.make_suite(suite) if (r.suite, r.name) == (suite, name)), None)
-    if planned is None:
-        raise RunnerError(f"the suite {suite} has no run {name}")
-    expected = planned.flags
-    if not planned.peer:
-        import tyro
-
-        script = suites.load_script(Path(planned.script).stem)
-        args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
-        expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
-    other = [k for k in sorted(set(expected) & set(header["args"]) - LOCAL - MACHINE) if expected[k] != header["args"][k]]
-    if other or header["script"] != Path(planned.script).name:
-        differing = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
-        raise RunnerError(f"{name} of the suite {suite} has other settings: {differing}")
-    return planned
-
-
-def collect(run_dirs: list[Path], suite: str, setting: str, results: Path, stopped: bool = False) -> int:
-    """Writes the result files of finished run directories; returns how many it left out.
-
-    stopped: also of runs that were stopped early, where there is no finished one.
-    """
-    left_out = 0
-    for run_dir in run_dirs:
-        try:
-            records = summarize(run_dir, suite, setting, stopped=stopped)
-            header, final = records[:2]
-            run = suites.Run(suite, setting, header["script"], header["env"], header["seed"])
-            if suite in suites.SUITES:
-                run = planned_run(suite, setting, header)
-                header["flags"] = run.flags
-            if is_stopped_early(header["args"], final["global_step"]) and is_finished(run, results):
-                raise RunnerError(f"{run_dir} was stopped early and {run.name} has a finished result")
-        except RunnerError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            left_out += 1
-            continue
-        file = result_file(results, suite, run.name)
-        write_result(file, records)
-        score = math.nan if final["return"] is None else final["return"]
-        print(f"{run.env}, seed {run.seed}: {score:.1f} after {final['global_step']:,} steps -> {file.name}")
-    return left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,33 +131,6 @@ def take_lock(file: Path):
         time.sleep(0.25)
     lock.close()
     raise RunnerError(f"{file.with_suffix('')} is running already (lock {file}): wait for it or stop it first")
-
-
-def is_finished(run: suites.Run, results: Path) -> bool:
-    """Whether the result of a finished run is there; a result of other flags under its name is an error."""
-    file = result_file(results, run.suite, run.name)
-    if not file.is_file():
-        return False
-    result = read_result(file)
-    header = result["header"]
-    planned = json.loads(json.dumps(run.flags))
-    if header["flags"] is not None:
-        same = header["flags"] == planned
-    else:  # collected by hand: compare with what the run says of itself
-        same = all(
-            str(header["args"].get(k)) in (str(v), str(float(v)) if is_number(v) else str(v)) for k, v in planned.items()
-        )
-    if not same:
-        raise RunnerError(f"{file} is of other flags than the plan: delete it or use another --name or --results-dir")
-    return not is_stopped_early(header["args"], result["final"]["global_step"])
-
-
-def is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def expected_seconds(runs: list[suites.Run], results: Path) -> float:
@@ -476,84 +266,6 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
         raise stop
 
 
-def run_ray_task(task: dict) -> tuple[list[dict] | None, str]:
-    """One run on a node of a Ray cluster, in the copy of the repository that Ray unpacked: (records, failure)."""
-    sys.path.insert(0, str(Path.cwd() / "benchmarks"))
-    import run as here
-
-    run, runs_dir = here.suites.Run(**task["run"]), Path(task["runs_dir"])
-    try:
-        folder = runs_dir / here.suites.slug(run.suite)
-        lock = here.take_lock(folder / f"{run.name}.lock")  # of the node: that of the suite is held by the driver alone
-        here.check_disk(folder)
-        command, run_dir = here.make_command(run, runs_dir, sys.executable, task["peer_python"], task["threads"])
-        log = run_dir.with_name(run_dir.name + ".log")
-        cores = here.allowed_cores()
-        with open(log, "ab") as output:
-            code = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=here.environment(task["threads"], None),  # Ray sets CUDA_VISIBLE_DEVICES itself
-                pass_fds=[lock.fileno()],
-                preexec_fn=functools.partial(here.die_with_parent, os.getpid(), cores),
-                check=False,
-            ).returncode
-        lock.close()
-        if code:
-            return None, f"exit code {code}: {here.last_words(log)} (log {log})"
-        return here.summarize(run_dir, run.suite, run.setting, run.flags), ""
-    except (here.RunnerError, OSError) as error:
-        return None, str(error)
-
-
-def run_on_ray(waiting: deque[suites.Run], options: argparse.Namespace, progress: Progress):
-    """Runs all on a Ray cluster, as many at a time as it has room for. Run directories are those of its nodes."""
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise RunnerError("--ray needs Ray: pip install ray") from error
-    excludes = [".git", ".venv", "runs", "wandb", "benchmarks/runs", "benchmarks/results", "benchmarks/plots"]
-    try:
-        ray.init(
-            address=None if options.ray == "local" else options.ray,
-            num_cpus=options.jobs * options.cores_per_run if options.jobs and options.ray == "local" else None,
-            runtime_env={"working_dir": str(ROOT), "excludes": excludes},
-            include_dashboard=False if options.ray == "local" else None,
-            log_to_driver=False,
-        )
-    except Exception as error:  # Ray raises many kinds, plain Exception among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunnerError(f"the Ray cluster {options.ray} cannot be used: {reason}") from error
-    gpus = 1 / options.runs_per_gpu if options.gpus else 0
-    remote = ray.remote(num_cpus=options.cores_per_run, num_gpus=gpus, max_retries=0)(run_ray_task)
-
-    def submit(run: suites.Run):
-        task = {"run": vars(run), "runs_dir": str(options.runs_dir), "threads": options.cores_per_run}
-        return remote.remote(task | {"peer_python": options.peer_python})
-
-    pending = {submit(run): run for run in waiting}
-    waiting.clear()
-    try:
-        while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=1)
-            progress.bar.refresh()
-            for reference in done:
-                run = pending.pop(reference)
-                try:
-                    records, failure = ray.get(reference)
-                except ray.exceptions.RayError as error:  # a node or a worker died
-                    records, failure = None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                if records:
-                    write_result(result_file(options.results_dir, run.suite, run.name), records)
-                    progress.succeed(run, records[1])
-                elif progress.fail(run, failure):
-                    pending[submit(run)] = run
-    finally:
-        ray.shutdown()
-
-
 def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     """Prints the plan or carries it out; returns the exit code."""
     if options.total_timesteps:
@@ -583,7 +295,9 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     progress = Progress(len(runs), len(runs) - len(left))
     try:
         if options.ray:
-            run_on_ray(deque(left), options, progress)
+            import ray_cluster
+
+            ray_cluster.run_on_ray(deque(left), options, progress)
         else:
             run_here(deque(left), options, progress, locks)
     finally:
@@ -611,7 +325,7 @@ def random_scores(envs: list[str], episodes: int, results: Path):
     script = suites.load_script("ppo_continuous")
     for env in envs:
         seeds = list(range(1, episodes + 1))
-        vector, _ = script.make_envs(env, seeds, 1)
+        vector, *_ = script.make_envs(env, seeds, 1)
         space, rng = vector.single_action_space, np.random.default_rng(0)
         returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
         while running.any():

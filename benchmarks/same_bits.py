@@ -167,7 +167,8 @@ def run(script: Path, flags: dict[str, list[str]], folder: Path, kill_at: int = 
         command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     if done.returncode != (-9 if kill_at else 0):
-        raise RuntimeError(f"{script.parent.name} script: exit code {done.returncode}: {done.stderr.strip()[-600:]}")
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise RuntimeError(f"{script}{' resuming' if '--resume' in flags else ''}: exit code {done.returncode}: {last}")
 
 
 def run_killed(kill_at: int, script: str, words: list[str]):

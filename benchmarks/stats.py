@@ -75,3 +75,10 @@ def probability_of_improvement_interval(
     values = probability_of_improvement(resample(x, rng), resample(y, rng))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson(count: int, runs: int) -> tuple[float, float]:
+    """95% interval of Wilson 1927 for the probability of an event that happened in `count` of `runs` independent runs."""
+    z = 1.959964
+    middle, half = count + z * z / 2, z * float(np.sqrt(count * (runs - count) / runs + z * z / 4))
+    return (middle - half) / (runs + z * z), (middle + half) / (runs + z * z)

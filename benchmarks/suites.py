@@ -105,24 +105,17 @@ DETAILS: dict[str, dict[str, Any]] = {
 }
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 
-FIVE = (1, 2, 3, 4, 5)
-# ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
-FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
-RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
-    "rlhf-exact": {k: ("benchmarks/exact.py", "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
-    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
-    "rlhf-human": {
-        "beta 0.05": ("ppo_rlhf.py", "human", {}),
-        "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
-    },
-    "rlhf-overopt": {  # both with the same learning rate
-        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
-        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"anneal_lr": False}),
-    },
-    "rlhf-labels": {
-        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
-    },  # 16,000 are in rlhf-human
+# Networks shared or separate on MuJoCo: ppo_shared_params.py with the settings of ppo_continuous.py.
+BASE_SETTINGS: dict[str, Any] = {"total_timesteps": 1_000_000, "checkpoint_every": 50, "learning_rate": 3e-4, "num_envs": 1}
+BASE_SETTINGS |= {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "ent_coef": 0.0}
+BASE_SETTINGS |= {"norm_obs": "step", "clip_obs": 10.0, "clip_reward": 10.0}
+SHARED_MUJOCO: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared": ("ppo_shared_params.py", BASE_SETTINGS),
+    "separate": ("ppo_shared_params.py", BASE_SETTINGS | {"share_params": False}),
 }
+DM_CONTROL = ("CheetahRun-v1", "WalkerWalk-v1")
+
+FIVE = (1, 2, 3, 4, 5)
 HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
 LUNAR: dict[str, Any] = {"num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999, "gae_lambda": 0.98}
 LUNAR |= {"total_timesteps": 2_000_000}
@@ -140,6 +133,24 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "no velocities": ("CartPole-v1", HIDDEN, SEEDS),
     "LunarLander": ("LunarLander-v3", LUNAR, SEEDS),
     "BipedalWalker, 7 bins": ("BipedalWalker-v3", BIPEDAL, SEEDS),
+}
+
+# ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
+FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
+RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "rlhf-exact": {k: ("benchmarks/exact.py", "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
+    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
+    "rlhf-human": {
+        "beta 0.05": ("ppo_rlhf.py", "human", {}),
+        "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
+    },
+    "rlhf-overopt": {  # both with the same learning rate
+        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
+        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"anneal_lr": False}),
+    },
+    "rlhf-labels": {
+        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
+    },  # 16,000 are in rlhf-human
 }
 
 
@@ -209,7 +220,7 @@ def grid(suite: str, settings: dict[str, tuple[str, dict[str, Any]]], envs, seed
 
 def make_suite(name: str) -> list[Run]:
     """Runs of a stored suite."""
-    default = {"default": (CLIP, {})}
+    default: dict[str, tuple[str, dict[str, Any]]] = {"default": (CLIP, {})}
     if name == "base":  # HalfCheetah has two kinds of runs, so it gets more seeds
         return grid(name, default, MUJOCO, TEN) + grid(name, default, ["HalfCheetah"], THIRTY[10:])
     if name == "table1":
@@ -220,6 +231,9 @@ def make_suite(name: str) -> list[Run]:
         script, flags = TABLE1["no clipping or penalty"]
         setting = {"no clipping or penalty": (script, AS_PRINTED_NORMALIZED | flags)}
         return grid(name, setting, ["HalfCheetah", "Reacher"], TWENTY[3:])
+    if name == "initial":  # a single rollout: all of its episodes are those of the policy before training
+        one = {"num_steps": 20_000, "total_timesteps": 20_000, "update_epochs": 1, "compile": False}
+        return grid(name, {"as printed": (CLIP, AS_PRINTED | one), "all details": (CLIP, one)}, MUJOCO, SEEDS)
     if name == "table1-details":
         return grid(name, TABLE1, MUJOCO, SEEDS)
     if name == "figure3":  # PPO is the suite base
@@ -237,6 +251,10 @@ def make_suite(name: str) -> list[Run]:
             for seed in seeds
         ]
         return sorted(runs, key=lambda run: run.seed)
+    if name == "dm_control":
+        return grid(name, default, DM_CONTROL, SEEDS)
+    if name == "shared-mujoco":
+        return grid(name, SHARED_MUJOCO, DETAILS_TASKS, SEEDS)
     if name == "atari-short":
         return [
             Run(name, setting, "ppo_atari.py", game, seed, flags | {"total_timesteps": steps, "checkpoint_every": 200})
@@ -255,8 +273,8 @@ def make_suite(name: str) -> list[Run]:
 
 
 SUITES = (
-    *("base", "table1", "table1-normalized", "collapse", "table1-details", "figure3", "peer"),
-    *("discrete", "atari-short", "table6", "details"),
+    *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
+    *("discrete", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
     *RLHF,
 )
 

@@ -27,6 +27,7 @@ from helpers import equal, read_checkpoint, read_jsonl
 from ppo_atari import (
     Agent,
     Args,
+    Batch,
     UsageError,
     average_gradient,
     find_game,
@@ -297,9 +298,9 @@ def test_detail_21_nature_cnn():
         weight = layer.weight.detach().flatten(1)
         torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), atol=1e-4, rtol=1e-4)
         assert (layer.bias == 0).all()
-    logprob, entropy, value = agent(to_blocks(random_frames(3)), torch.tensor([0, 1, 2]))
-    assert logprob.shape == entropy.shape == value.shape == (3,)
-    torch.testing.assert_close(entropy, torch.full((3,), math.log(6)), atol=1e-3, rtol=0)
+    output = agent(to_blocks(random_frames(3)), torch.tensor([0, 1, 2]))
+    assert {x.shape for x in output} == {(3,)}
+    torch.testing.assert_close(output.entropy, torch.full((3,), math.log(6)), atol=1e-3, rtol=0)
 
 
 def test_detail_22_pixels_are_divided_by_255_in_the_network():
@@ -327,27 +328,27 @@ def test_act_samples_the_policy_and_agrees_with_forward():
     agent.actor.weight.data *= 100
     obs = to_blocks(random_frames(4))
     with torch.no_grad():
-        action, logprob, value = agent.act(obs, torch.empty(4, 3).exponential_())
-        expected = agent(obs, action)
-        torch.testing.assert_close((logprob, value), (expected[0], expected[2]))
+        step = agent.act(obs, torch.empty(4, 3).exponential_())
+        learned = agent(obs, step.action)
+        torch.testing.assert_close((step.logprob, step.value), (learned.logprob, learned.value))
         hidden = agent.hidden(obs[:1])
         probabilities = agent.actor(hidden).softmax(1)[0]
         assert probabilities.max() < 0.9
         agent.hidden = lambda obs: hidden.expand(len(obs), -1)  # type: ignore[method-assign]
-        many, _, _ = agent.act(torch.zeros(50_000, 1), torch.empty(50_000, 3).exponential_())
+        many = agent.act(torch.zeros(50_000, 1), torch.empty(50_000, 3).exponential_()).action
         torch.testing.assert_close(many.bincount(minlength=3) / 50_000, probabilities, atol=0.01, rtol=0)
-        assert agent.act(torch.zeros(1, 1), torch.ones(1, 3))[0] == probabilities.argmax()
+        assert agent.act(torch.zeros(1, 1), torch.ones(1, 3)).action == probabilities.argmax()
 
 
 def test_bfloat16_is_near_float32():
     torch.manual_seed(0)
     agent, half = Agent(4, 6, weight_init="torch"), Agent(4, 6, precision="bfloat16")
-    half.load(nn.utils.parameters_to_vector(agent.parameters()))
+    half.load(agent.flat())
     assert [p.dtype for p in half.parameters()] == [torch.bfloat16] * 8 + [torch.float32] * 4  # the trunk, and two heads
     obs, action = to_blocks(random_frames(2)), torch.tensor([1, 2])
     a, b = agent(obs, action), half(obs, action)
-    assert b[2].dtype == torch.float32
-    assert not torch.equal(a[2], b[2])
+    assert b.value.dtype == torch.float32
+    assert not torch.equal(a.value, b.value)
     torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
 
 
@@ -398,10 +399,10 @@ def record_run(monkeypatch, **changes) -> SimpleNamespace:
         record.agent = agent
 
         def recorded(theta, batch, mb_inds, clip_coef):
-            record.batches.append([x.clone() for x in batch])
-            gradient, losses = compute_gradient(theta, batch, mb_inds, clip_coef)
-            record.kls[-1].append(float(losses["approx_kl"]))
-            return gradient, losses
+            record.batches.append(Batch(*(x.clone() for x in batch)))
+            gradient, info = compute_gradient(theta, batch, mb_inds, clip_coef)
+            record.kls[-1].append(float(info["approx_kl"]))
+            return gradient, info
 
         return recorded, adam_step
 
@@ -431,11 +432,10 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
     score, length, resetting = np.zeros(N), np.zeros(N, dtype=int), np.zeros(N, dtype=bool)
     games, kinds, raw_rewards, seen, steps = [], set(), set(), [obs.copy()], []
     for t, action in enumerate(record.actions):
-        batch_obs, batch_actions, *_, batch_valid = record.batches[t // T]
-        row = slice(t % T * N, (t % T + 1) * N)
-        np.testing.assert_array_equal(batch_obs[row], to_blocks(obs))
-        np.testing.assert_array_equal(batch_actions[row], action)
-        np.testing.assert_array_equal(batch_valid[row], ~(resetting & mask_resets))
+        batch, row = record.batches[t // T], slice(t % T * N, (t % T + 1) * N)
+        np.testing.assert_array_equal(batch.obs[row], to_blocks(obs))
+        np.testing.assert_array_equal(batch.action[row], action)
+        np.testing.assert_array_equal(batch.valid[row], ~(resetting & mask_resets))
         obs, reward, terminated, truncated, info = envs.step(action)
         assert not info["reward"][resetting].any()
         np.testing.assert_array_equal(reward, np.sign(info["reward"]))
@@ -466,40 +466,40 @@ def test_ours_mask_resets_and_scores_against_playing_by_hand(monkeypatch, mask_r
         assert numbers == (0.99, 0.95, True)
         agent.load(theta)
         with torch.no_grad():
-            values = agent.critic(agent.hidden(to_blocks(np.concatenate(seen[i * T : (i + 1) * T + 1]))))
+            hidden = agent.hidden(to_blocks(np.concatenate(seen[i * T : (i + 1) * T + 1])))
+            values = agent.value(hidden)
         torch.testing.assert_close(gae_values, values.view(T + 1, N), atol=1e-5, rtol=1e-4)
-        *_, old_values, batch_advantages, returns, _ = record.batches[i]
-        assert torch.equal(old_values, gae_values[:-1].flatten())
-        assert torch.equal(batch_advantages, advantages.flatten())
-        assert torch.equal(returns, batch_advantages + old_values)
+        batch = record.batches[i]
+        assert torch.equal(batch.value, gae_values[:-1].flatten())
+        assert torch.equal(batch.advantage, advantages.flatten())
+        assert torch.equal(batch.return_, batch.advantage + batch.value)
 
 
-def fixed_batch(n: int) -> list[torch.Tensor]:
-    """A batch of n steps, a fifth of them resets, as compute_gradient takes it."""
+def fixed_batch(n: int) -> Batch:
+    """A batch of n steps, a fifth of them resets."""
     generator = torch.Generator().manual_seed(0)
     obs = torch.randint(0, 256, (n, 21, 21, 64), dtype=torch.uint8, generator=generator)
-    numbers = torch.randn(4, n, generator=generator)
+    logprob, value, advantage, return_ = torch.randn(4, n, generator=generator)
     valid = (torch.arange(n) % 5 != 2).float()
-    return [obs, torch.arange(n) % 4, numbers[0] * 0.1 - 1.4, numbers[1], numbers[2], numbers[3], valid]
+    return Batch(obs, torch.arange(n) % 4, logprob * 0.1 - 1.4, value, advantage, return_, valid)
 
 
-def gradient_of(args: Args, batch: list[torch.Tensor]) -> torch.Tensor:
+def gradient_of(args: Args, batch: Batch) -> torch.Tensor:
     torch.manual_seed(1)
     agent = Agent(4, 4, precision=args.precision)
-    theta = nn.utils.parameters_to_vector(p.detach().float() for p in agent.parameters())
     compute_gradient, _ = make_update(agent, args)
-    return compute_gradient(theta, batch, torch.arange(len(batch[0])), torch.tensor(0.1))[0]
+    return compute_gradient(agent.flat(), batch, torch.arange(len(batch.obs)), torch.tensor(0.1))[0]
 
 
 def test_reset_steps_do_not_enter_the_gradient():
     args, batch = tiny_args(), fixed_batch(10)
     before = gradient_of(args, batch)
-    resets = batch[-1] == 0
-    for x in batch[2:6]:
+    resets = batch.valid == 0
+    for x in (batch.logprob, batch.value, batch.advantage, batch.return_):
         x[resets] += 3.0
-    batch[0][resets] = 17
+    batch.obs[resets] = 17
     torch.testing.assert_close(gradient_of(args, batch), before)
-    batch[4][~resets] *= -1.0
+    batch.advantage[~resets] *= -1.0
     assert (gradient_of(args, batch) - before).norm() > 0.1 * before.norm()
 
 
@@ -510,10 +510,10 @@ PARALLEL: dict[str, Any] = {"seed": 12, "norm_adv": "none", "max_episode_steps":
 TARGET_KL = 4.9e-4
 
 
-def uneven_batch() -> list[torch.Tensor]:
+def uneven_batch() -> Batch:
     """A batch of 8 steps, of which 3 of the first half and 1 of the second are valid."""
     batch = fixed_batch(8)
-    batch[-1][4:6] = 0
+    batch.valid[4:6] = 0
     return batch
 
 
@@ -524,11 +524,11 @@ def run_rank(rank: int, port: int, directory: str):
     os.chdir(directory)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
-    half = [x[4 * rank : 4 * rank + 4] for x in uneven_batch()]
-    gradient = average_gradient(gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half), half[-1])
+    half = Batch(*(x[4 * rank : 4 * rank + 4] for x in uneven_batch()))
+    gradient = average_gradient(gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half), half.valid)
     record = record_run(pytest.MonkeyPatch(), total_timesteps=2 * 32, update_epochs=4, target_kl=TARGET_KL, **PARALLEL)
     theta = nn.utils.parameters_to_vector(record.agent.parameters()).detach()
-    saved = {"gradient": gradient, "theta": theta, "batch": record.batches[0], "kls": record.kls}
+    saved = {"gradient": gradient, "theta": theta, "batch": list(record.batches[0]), "kls": record.kls}
     torch.save(saved, f"rank{rank}.pt")
 
 
@@ -551,7 +551,7 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
 
     assert torch.equal(a["gradient"], b["gradient"])
     batch = uneven_batch()
-    assert [int(half.sum()) for half in batch[-1].split(4)] == [3, 1]
+    assert [int(half.sum()) for half in batch.valid.split(4)] == [3, 1]
     whole = gradient_of(tiny_args(norm_adv="none"), batch)
     torch.testing.assert_close(a["gradient"], whole, atol=1e-6, rtol=1e-4)
     assert whole.norm() > 0.01
@@ -571,7 +571,7 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
     assert max(stops.min(), stops.max() / 2) < TARGET_KL < stops.mean()  # the rank with the smaller KL would go on
 
     with pytest.raises(UsageError, match=r"the run has 2 rank\(s\), not 1"):
-        ppo_atari.train(tiny_args("run", resume="run"))
+        ppo_atari.train(tiny_args("run", resume="run", total_timesteps=64))
 
 
 # whole runs
@@ -652,7 +652,7 @@ def test_renamed_copy_alone_evaluates_whole_games_and_draws_them():
     )
     assert done.returncode == 0, done.stderr
     assert "evaluation, sampled actions: return" in done.stdout
-    assert "over 2 games" in done.stdout
+    assert "over 2 episodes" in done.stdout
     assert sorted(path.name for path in Path("run").iterdir()) == [
         "checkpoint.pt",
         "episodes.jsonl",
@@ -689,15 +689,15 @@ def test_evaluation_against_playing_by_hand(scale_obs, seed):
     agent = Agent(4, 6, scale=255.0 if scale_obs else 1.0)
     nn.init.uniform_(agent.get_parameter("convolutions.0.bias"), -1, 1)  # without biases the scale would not matter
     options: dict[str, Any] = {"frame_skip": 20, "max_episode_steps": 80}  # games end sooner
-    args = tiny_args(env="SpaceInvaders", eval_episodes=4, eval_deterministic=True, scale_obs=scale_obs, **options)
+    args = tiny_args(env="SpaceInvaders", num_envs=4, eval_episodes=4, eval_deterministic=True, scale_obs=scale_obs, **options)
     Path("run").mkdir()
-    evaluation = ppo_atari.evaluate(args, {"theta": nn.utils.parameters_to_vector(agent.parameters()).detach()})
+    evaluation = ppo_atari.evaluate(args, {"theta": agent.flat()})
 
     seeds = np.random.default_rng([args.seed, 2**31]).integers(2**31, size=4).tolist()
     options |= {"noop_max": 30, "episodic_life": True, "use_fire_reset": True, "reward_clip": True}
     envs, obs, _ = plain_envs("SpaceInvaders-v5", seeds, **options)
     returns, signs, lengths = np.zeros(4), np.zeros(4), np.zeros(4, dtype=int)
-    running, resetting = np.ones(4, dtype=bool), np.zeros(4, dtype=bool)
+    running, resetting, order = np.ones(4, dtype=bool), np.zeros(4, dtype=bool), []
     while running.any():
         with torch.no_grad():
             action = agent.actor(agent.hidden(to_blocks(obs))).argmax(1).numpy()
@@ -705,9 +705,12 @@ def test_evaluation_against_playing_by_hand(scale_obs, seed):
         returns[running] += info["reward"][running]
         signs[running] += reward[running]
         lengths[running & ~resetting] += 1
-        running[(info["terminated"] == 1) | truncated] = False
+        order += np.flatnonzero(running & ((info["terminated"] == 1) | truncated)).tolist()  # as they end
+        running[order] = False
         resetting = terminated | truncated
-    assert evaluation == {"returns": returns.tolist(), "lengths": lengths.tolist(), "deterministic": True}
+    assert evaluation["returns"] == returns[order].tolist()
+    assert evaluation["lengths"] == lengths[order].tolist()
+    assert (evaluation["deterministic"], evaluation["problems"]) == (True, [])
     assert (returns != signs).any()
     assert len(set(lengths)) > 1
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -21,7 +22,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
+import figures  # noqa: E402
+import plot  # noqa: E402
 import report  # noqa: E402
+import results as result_files  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
 import suites  # noqa: E402
@@ -73,7 +77,7 @@ for i in range(c["iteration"] + 1, a.total_timesteps // 100 + 1):
 def repo(tmp_path):
     """A repository with the real runner and the stand-in as ppo_continuous.py."""
     (tmp_path / "benchmarks").mkdir()
-    for name in ("run.py", "suites.py", "stats.py"):
+    for name in ("run.py", "results.py", "ray_cluster.py", "suites.py", "stats.py"):
         shutil.copy(REPO / "benchmarks" / name, tmp_path / "benchmarks")
     (tmp_path / "ppo_continuous.py").write_text(STAND_IN)
     return tmp_path
@@ -155,6 +159,13 @@ def test_interval_against_all_resamples():
     assert low < 100 < high
 
 
+def test_wilson_interval():
+    assert stats.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
+    assert stats.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert stats.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)  # this and the next: Newcombe 1998, Table I
+    assert stats.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+
+
 def test_statistics_against_rliable():
     """What rliable itself printed for two sets of scores (tests/rliable.json): its requirements are heavier than ours."""
     stored = json.loads((REPO / "tests/rliable.json").read_text())
@@ -188,32 +199,32 @@ def write_run(folder, steps=1000, env="Hopper", seed=1, returns=None, seconds=No
 
 
 def test_result_of_a_run(tmp_path):
-    header, final, curve = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    header, final, curve = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     assert (header["suite"], header["setting"], header["env"], header["seed"]) == ("base", "default", "Hopper", 1)
     assert str(tmp_path) not in json.dumps([header, final, curve])
     assert final == {
         "return": 149.5, "return_over_training": 99.5, "episodes": 200, "global_step": 1000, "seconds": 1.0, "sps": 909,
     }  # fmt: skip
     assert curve["global_step"] == [10 * k for k in range(1, 101)]
-    episodes = run.read_jsonl(tmp_path / "r" / "episodes.jsonl")
+    episodes = result_files.read_jsonl(tmp_path / "r" / "episodes.jsonl")
     for step, value in zip(curve["global_step"], curve["return"], strict=True):
         assert value == pytest.approx(np.mean([e["return"] for e in episodes if e["global_step"] <= step][-100:]), abs=1e-4)
 
 
 def test_result_of_a_resumed_run_adds_up_the_time(tmp_path):
     seconds = [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 2.5, 0.25, 1.0, 2.0]
-    final = run.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
+    final = result_files.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
     assert final["seconds"] == 4.0 + 2.5 + 2.0
 
 
 def test_result_bytes_are_reproducible_and_read_back(tmp_path):
-    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    records = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     files = [tmp_path / name / "x.jsonl.gz" for name in ("a", "b")]
     for file in files:
-        run.write_result(file, records)
+        result_files.write_result(file, records)
         time.sleep(1.1 if file is files[0] else 0)  # another second in a gzip header would show
     assert files[0].read_bytes() == files[1].read_bytes()
-    result = run.read_result(files[0])
+    result = result_files.read_result(files[0])
     assert result["final"] == records[1]
     assert result["curve"] == records[2]
     assert result["header"]["script_commit"] is None  # no commit has this text
@@ -225,8 +236,8 @@ def test_commit_of_a_script_is_found():
         pytest.skip("no git history here")
     commit = log.stdout.decode().strip()
     text = subprocess.run(["git", "-C", str(REPO), "show", f"{commit}:ppo_continuous.py"], capture_output=True).stdout
-    assert run.find_commit("ppo_continuous.py", run.hashlib.sha256(text).hexdigest()) == commit
-    assert run.find_commit("ppo_continuous.py", "0" * 64) is None
+    assert result_files.find_commit("ppo_continuous.py", hashlib.sha256(text).hexdigest()) == commit
+    assert result_files.find_commit("ppo_continuous.py", "0" * 64) is None
 
 
 def collect(tmp_path, *words):
@@ -247,7 +258,7 @@ def test_collect_leaves_out_what_is_not_finished(tmp_path, capsys):
 
 def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
     folder = write_run(tmp_path / "r")
-    header, *_, last = run.read_jsonl(folder / "metrics.jsonl")
+    header, *_, last = result_files.read_jsonl(folder / "metrics.jsonl")
 
     def collect_with(**args):
         lines = [header | {"args": header["args"] | args}, last | {"global_step": args["total_timesteps"]}]
@@ -264,25 +275,74 @@ def test_collect_refuses_a_run_of_other_settings(tmp_path, capsys):
 
 
 def test_every_stored_result_has_the_settings_of_its_suite():
-    headers = [run.read_result(file)["header"] for file in (REPO / "benchmarks/results").glob("*/*.jsonl.gz")]
+    headers = [result_files.read_result(file)["header"] for file in (REPO / "benchmarks/results").glob("*/*.jsonl.gz")]
     assert headers
     for header in headers:
         if header["suite"] in suites.SUITES:
-            assert run.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
+            assert result_files.planned_run(header["suite"], header["setting"], header).seed == header["seed"]
+
+
+# Made with a text of ppo_continuous.py that was edited before it was committed. They count until they are run again.
+NEVER_COMMITTED = {
+    ("table1", "clipping 0.3", env, 3)
+    for env in ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher")
+}
+STORED = sorted((REPO / "benchmarks/results").glob("*/*.jsonl.gz"))
+
+
+def identity(header):
+    return header["suite"], header["setting"], header["env"], header["seed"]
+
+
+def test_script_of_every_stored_result_is_in_the_history():
+    headers = [result_files.read_result(file)["header"] for file in STORED]
+    assert {identity(h) for h in headers if h["script_commit"] is None} <= NEVER_COMMITTED
+    git = ["git", "-C", str(REPO)]
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
+    if shallow.returncode or shallow.stdout.strip() != "false":
+        pytest.skip("no whole git history here")
+    texts = {(h["script_commit"], h["script"]): h["script_sha256"] for h in headers if h["script_commit"]}
+    for (commit, script), sha256 in texts.items():
+        path = f"benchmarks/{script}" if script == "baselines.py" else script
+        text = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, check=True).stdout
+        assert hashlib.sha256(text).hexdigest() == sha256, (commit, script)
+    assert len({(h["script_commit"], h["script"], h["script_sha256"]) for h in headers if h["script_commit"]}) == len(texts)
+
+
+def test_no_two_stored_results_are_identical():
+    seen = {}
+    for file in STORED:
+        result = result_files.read_result(file)
+        numbers = json.dumps([result["final"]["return_over_training"], result["curve"]["return"]])
+        assert numbers not in seen, (file.name, seen[numbers].name)
+        seen[numbers] = file
+    identities = [identity(result_files.read_result(file)["header"]) for file in STORED]
+    assert len(set(identities)) == len(identities)
+
+
+def test_stored_seeds_have_no_gap():
+    """A seed that is missing among those of one setting and task would be a finished run left out."""
+    seeds = {}
+    for file in STORED:
+        *key, seed = identity(result_files.read_result(file)["header"])
+        seeds.setdefault(tuple(key), []).append(seed)
+    for key, found in seeds.items():
+        assert sorted(found) == list(range(min(found), max(found) + 1)), key
+        assert min(found) == (4 if key[0] == "collapse" else 1), key
 
 
 def test_collect_takes_a_stopped_run_if_told_to_and_the_runner_does_not_call_it_finished(tmp_path, capsys):
     cut = write_run(tmp_path / "cut", steps=900)
-    records = run.summarize(cut, "s", "default", stopped=True)
-    file = run.result_file(tmp_path / "res", "s", "default__Hopper__1")
-    run.write_result(file, records)
-    result = run.read_result(file)
+    records = result_files.summarize(cut, "s", "default", stopped=True)
+    file = result_files.result_file(tmp_path / "res", "s", "default__Hopper__1")
+    result_files.write_result(file, records)
+    result = result_files.read_result(file)
     assert result["final"]["global_step"] == result["curve"]["global_step"][-1] == 900
     planned = suites.Run("s", "default", "ppo_continuous.py", "Hopper", 1, {})
-    assert not run.is_finished(planned, tmp_path / "res")
+    assert not result_files.is_finished(planned, tmp_path / "res")
     assert collect(tmp_path, write_run(tmp_path / "done"), "--suite", "s") == 0
-    assert run.is_finished(planned, tmp_path / "res")
-    assert run.collect([cut], "s", "default", tmp_path / "res", stopped=True) == 1  # the finished result stays
+    assert result_files.is_finished(planned, tmp_path / "res")
+    assert result_files.collect([cut], "s", "default", tmp_path / "res", stopped=True) == 1  # the finished result stays
     assert "was stopped early and default__Hopper__1 has a finished result" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         collect(tmp_path, cut, "--suite", "base", "--stopped")
@@ -303,12 +363,12 @@ def test_jobs_at_a_time(monkeypatch):
 def test_damaged_result_is_named(tmp_path):
     with open(write_run(tmp_path / "r") / "metrics.jsonl", "a") as f:
         f.write('{"args": {}}\n')
-    with pytest.raises(run.RunnerError, match="no run directory with readable logs"):
-        run.summarize(tmp_path / "r", "base", "default")
+    with pytest.raises(result_files.RunnerError, match="no run directory with readable logs"):
+        result_files.summarize(tmp_path / "r", "base", "default")
     file = tmp_path / "x.jsonl.gz"
     file.write_bytes(gzip.compress(b"{}\n")[:-3])
-    with pytest.raises(run.RunnerError, match="damaged"):
-        run.read_result(file)
+    with pytest.raises(result_files.RunnerError, match="damaged"):
+        result_files.read_result(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- suites
@@ -316,8 +376,9 @@ def test_damaged_result_is_named(tmp_path):
 
 def test_suites_have_the_sizes_of_the_paper():
     sizes = {name: len(suites.make_suite(name)) for name in suites.SUITES}
-    assert sizes["table1"] == sizes["table1-details"] == 11 * 7 * 3
-    assert sizes["base"] == 21
+    assert sizes["table1"] == sizes["table1-normalized"] == sizes["table1-details"] == 11 * 7 * 3
+    assert sizes["base"] == 7 * 10 + 20
+    assert sizes["collapse"] == 2 * 17
     assert sizes["figure3"] == 3 * 7 * 3
     assert sizes["peer"] == 7 * 3
     assert sizes["discrete"] == 5 * 5 + 5 * 3
@@ -387,6 +448,11 @@ def test_wandb_sweeps_name_flags_of_their_script(file):
     if not (REPO / config["program"]).is_file():
         pytest.skip(f"{config['program']} is not here yet")
     fields = importlib.import_module(file.stem).Args.__dataclass_fields__
+    # every setting on the same tasks and seeds: a random search would compare settings on different ones
+    assert config["method"] == "grid"
+    assert len(config["parameters"]) == 3
+    assert len(config["parameters"]["seed"]["values"]) >= 3
+    assert len(config["parameters"]["env"]["values"]) >= 2
     for name, values in config["parameters"].items():
         assert name in fields, name
         for value in values.get("values", [values.get("value")]):
@@ -409,7 +475,7 @@ def test_sweep_runs_and_skips_what_is_finished(repo):
     code, out, err = finish(repo, *sweep("A", "B", seeds=("1", "2")), "--go", "--jobs", "2")
     assert (code, "4 of 4 runs finished, 0 failed" in out) == (0, True), err
     assert result_names(repo) == [f"default__{env}__{seed}.jsonl.gz" for env in "AB" for seed in (1, 2)]
-    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__B__2.jsonl.gz")
+    result = result_files.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__B__2.jsonl.gz")
     assert result["final"]["return"] == 2 * 5.5
     code, out, _ = finish(repo, *sweep("A", "B", "C"), "--go")  # one more environment
     assert code == 0
@@ -425,7 +491,7 @@ def test_failed_run_is_retried_once_and_reported(repo):
     assert result_names(repo) == ["default__A__1.jsonl.gz", "default__FLAKY__1.jsonl.gz"]
     counts = {name: [int(i) for n, i in starts(repo) if n == name] for name, _ in starts(repo)}
     assert counts == {"default__A__1": [0], "default__CRASH__1": [0, 4], "default__FLAKY__1": [0, 4]}  # second: resumed
-    result = run.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__FLAKY__1.jsonl.gz")
+    result = result_files.read_result(repo / "benchmarks/results/sweep_ppo_continuous/default__FLAKY__1.jsonl.gz")
     assert result["final"]["episodes"] == 10  # none lost, none doubled
 
 
@@ -467,7 +533,7 @@ def test_killed_runner_goes_on_where_it_was(repo):
     assert (code, "4 of 4 runs finished" in out) == (0, True), err
     assert any(int(i) > 0 for _, i in starts(repo)), "nothing was resumed"
     for seed in (1, 2, 3, 4):
-        lines = run.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
+        lines = result_files.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
         assert [e["global_step"] for e in lines] == [100 * i for i in range(1, 11)]
     assert len(result_names(repo)) == 4
 
@@ -516,9 +582,9 @@ def test_full_disk_stops_the_suite_with_one_sentence(repo, monkeypatch, capsys):
 
 
 def test_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    records = run.summarize(write_run(tmp_path / "r"), "base", "default")
+    records = result_files.summarize(write_run(tmp_path / "r"), "base", "default")
     file = tmp_path / "res" / "x.jsonl.gz"
-    run.write_result(file, records)
+    result_files.write_result(file, records)
     before = file.read_bytes()
 
     def full(_):
@@ -526,7 +592,7 @@ def test_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        run.write_result(file, [records[0], records[1] | {"return": 0.0}, records[2]])
+        result_files.write_result(file, [records[0], records[1] | {"return": 0.0}, records[2]])
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == ["x.jsonl.gz"]
 
@@ -572,10 +638,10 @@ def reported(tmp_path):
     results = tmp_path / "results"
     for env, seed in itertools.product(("Hopper", "Reacher"), (1, 2)):
         level = 1000 * seed if env == "Hopper" else -5 - seed
-        records = run.summarize(
+        records = result_files.summarize(
             write_run(tmp_path / env / str(seed), env=env, seed=seed, returns=[level] * 200), "base", "default"
         )
-        run.write_result(run.result_file(results, "base", f"default__{env}__{seed}"), records)
+        result_files.write_result(result_files.result_file(results, "base", f"default__{env}__{seed}"), records)
     readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     readme.write_text("before\n<!-- table:base -->\nold\n<!-- /table -->\nafter\n")
     page.write_text(
@@ -637,8 +703,8 @@ def test_report_refuses_broken_markers(reported, capsys):
 def test_report_refuses_seeds_of_different_length(reported, capsys):
     folder, options = reported
     file = folder / "results/base/default__Hopper__2.jsonl.gz"
-    result = run.read_result(file)
-    run.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
+    result = result_files.read_result(file)
+    result_files.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
     assert report.main(options) == 1
     assert "another number of steps" in capsys.readouterr().err
 
@@ -651,7 +717,9 @@ def fake_results(folder, suite, settings, envs, seeds, score):
         value = float(score(setting, env, seed))
         final = {"return": value, "return_over_training": value, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
         name = suites.Run(suite, setting, "x.py", env, seed).name
-        run.write_result(run.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}])
+        result_files.write_result(
+            result_files.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}]
+        )
 
 
 def fake_random(folder, mean):
@@ -699,12 +767,76 @@ def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
     level = dict.fromkeys(suites.TABLE1, 50) | {"no clipping or penalty": -910}
     fake_results(tmp_path, "table1", level, suites.MUJOCO, (1, 2), lambda s, e, seed: level[s] + 10 * (seed - 1))
     fake_random(tmp_path, -40.0)
-    figure = report.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
+    figure = figures.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
     axis = figure.axes[0]
-    assert axis.get_ylim()[0] == report.TABLE1_BOTTOM
+    assert axis.get_ylim()[0] == figures.TABLE1_BOTTOM
     (text,) = axis.texts
     assert re.fullmatch(r" -8.65 \[-8.[67]\d, -8.[56]\d\]", text.get_text())  # (-905 + 40) / 100
     plt.close(figure)
+
+
+def test_modes_levels_and_collapse(tmp_path):
+    fake_random(tmp_path, 0.0)
+    fake_results(tmp_path, "base", ["default"], ["HalfCheetah"], range(1, 11), lambda s, e, seed: 4000 if seed > 8 else 1700)
+    fake_results(tmp_path, "table1-normalized", ["clipping 0.2"], ["Walker2d"], (1, 2), lambda s, e, seed: 3000 + seed)
+    none = "no clipping or penalty"
+    fake_results(tmp_path, "table1-normalized", [none], ["Walker2d"], (1, 2, 3), lambda s, e, seed: -100)
+    fake_results(tmp_path, "collapse", [none], ["Walker2d"], range(4, 11), lambda s, e, seed: 200 if seed == 4 else 1500)
+    r = report.Results(tmp_path)
+    assert "| above 2400 | 2 of 10, 20% [6%, 51%] | 4000 to 4000 |" in report.table_modes(r)
+    assert "| Walker2d-v4 | ~3460 | 3000 |  | 3002 [3001, 3002] |  | 0, 2, 0 |" in report.table_levels(r)
+    row = "| observations normalized | Walker2d-v4 | 3 of 10, 30% [11%, 60%] | 4 of 10, 40% [17%, 69%] | 1500 (-100 to 1500) |"
+    assert row in report.table_collapse(r)
+
+
+def test_distance_from_the_paper(tmp_path):
+    """Scores that are the paper's on the scale of 0 to 1 have distance 0; the zero point of the initial policy is another."""
+    paper = {row["setting"]: float(row["score"]) for row in report.Results(tmp_path).csv("table1.csv")}
+    top = max(paper.values())
+    fake_results(tmp_path, "table1", paper, suites.MUJOCO, (1, 2), lambda s, e, seed: 100 * paper[s] / top)
+    fake_random(tmp_path, 0.0)
+    off = np.array(list(paper.values())) * (1 / top - 1)
+    ten = off[[s != "no clipping or penalty" for s in paper]]
+    rms = [f"{np.sqrt(np.mean(x**2)):.2f}" for x in (off, ten)]
+    text = report.table_distance(report.Results(tmp_path))
+    assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
+    assert "| as printed | initial | best setting |  |  |  |  |" in text
+    fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
+    text = report.table_distance(report.Results(tmp_path))
+    assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
+
+
+def test_sentences_of_the_readme_follow_the_results(tmp_path):
+    assert report.table_measured(report.Results(tmp_path)) == ""
+    fake_random(tmp_path, -10.0)
+    fake_results(tmp_path, "base", ["default"], suites.MUJOCO, range(1, 11), lambda s, e, seed: 4000 if seed > 8 else 1700)
+    fake_results(
+        tmp_path, "figure3", ["TRPO"], ("Hopper", "Swimmer"), (1, 2, 3), lambda s, e, seed: 5000 * (e == "Hopper") + 2000
+    )
+    for suite in ("table1", "table1-normalized"):
+        fake_results(tmp_path, suite, suites.TABLE1, suites.MUJOCO, (1, 2), lambda s, e, seed: 90 if "0.2" in s else 50)
+    fake_results(tmp_path, "collapse", ["no clipping or penalty"], ["Reacher"], (4, 5), lambda s, e, seed: -100)
+    fake_results(tmp_path, "atari-short", ["bfloat16, larger updates"], ["Breakout"], (1, 2, 3), lambda s, e, seed: 30)
+    text = report.table_measured(report.Results(tmp_path))
+    for part in (
+        "2 of 10, 20% [6%, 51%], end above 2400.",
+        "as printed: clipping 0.2 scores 1.00 [1.00, 1.00] (paper: 0.82), no clipping or penalty 0.60 [0.60, 0.60] (paper: ",
+        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3 shows 3000 to 3460.",
+        "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
+        "Hopper 4840 [",
+        "3 against 10 runs; on Swimmer not told apart.",
+        "30.0 [30.0, 30.0], 3 seeds.",
+    ):
+        assert part in text
+    assert len(text.split()) <= 150
+
+
+def test_differences_are_given_with_their_runs(tmp_path):
+    fake_results(tmp_path, "base", ["default"], ["Hopper"], (1, 2), lambda s, e, seed: 100)
+    fake_results(tmp_path, "figure3", ["TRPO"], ["Hopper", "Swimmer"], (1, 2, 3), lambda s, e, seed: 130)
+    text = report.table_differences(report.Results(tmp_path))
+    assert "| TRPO minus PPO | Hopper | 3 and 2 | 30.0 [30.0, 30.0] |" in text
+    assert "Swimmer" not in text
 
 
 def test_effect_of_details(tmp_path):
@@ -732,7 +864,7 @@ def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):
     assert data["effects"] == {
         worse: {"mean": -0.2, "low": pytest.approx(-0.21, abs=0.01), "high": pytest.approx(-0.19, abs=0.01)}
     }
-    report.draw_plot(tmp_path / "details.svg", data, report.draw_details)
+    figures.draw_plot(tmp_path / "details.svg", data, figures.draw_details)
     text = (tmp_path / "details.svg").read_text()
     assert all(f"{env}: score of each run" in text for env in suites.DETAILS_TASKS)
     assert "effect, mean over the tasks" in text
@@ -775,3 +907,68 @@ def test_short_speed_table_pairs_the_alternations(tmp_path):
     assert "| 8 envs | 750 [500, 1000] | 75 [50, 100] | 150 [100, 200] |  | 10.0 [10.0, 10.0] | 5.0 [5.0, 5.0] |  |" in text
     (tmp_path / "speed" / "mujoco.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert report.table_speed_short(report.Results(tmp_path)) == "Nothing was measured yet.\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------- plot
+
+
+def write_setting(folder, setting, env, seed, level, **args):
+    """A run directory with these arguments, whose episodes all return `level`."""
+    run_dir = write_run(folder / f"{setting}__{env}__{seed}", env=env, seed=seed, returns=[level] * 200)
+    header, *lines = result_files.read_jsonl(run_dir / "metrics.jsonl")
+    records = [header | {"args": header["args"] | args}, *lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_dir
+
+
+def test_plot_of_a_sweep_of_two_settings(tmp_path, capsys):
+    for clip, env, seed in itertools.product((0.2, 0.1), ("Hopper", "Reacher"), (1, 2, 3)):
+        write_setting(tmp_path, f"clip={clip}", env, seed, 100.0 * seed + 1000 * clip, clip_coef=clip)
+    (tmp_path / "clip=0.2__Hopper__1.log").write_text("beside the runs, as run.py leaves it")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert plot.main([*paths, "--out", str(tmp_path / "a.svg")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Hopper clip_coef=0.1 3 300 200 400 1,000" in out
+    assert "Hopper clip_coef=0.2 3 400 300 500 1,000" in out
+    low, high = map(float, re.findall(r"Reacher clip_coef=0.2 minus clip_coef=0.1 3 and 3 100 (\S+) (\S+)", out)[0])
+    assert -100 <= low < 100 < high <= 300
+    svg = (tmp_path / "a.svg").read_text()
+    assert "Hopper (3 seeds)" in svg
+    assert "clip_coef=0.2" in svg
+    assert plot.main([*paths, "--baseline", "clip_coef=0.2", "--out", str(tmp_path / "a.png")]) == 0
+    assert "Hopper clip_coef=0.1 minus clip_coef=0.2" in " ".join(capsys.readouterr().out.split())
+
+
+def test_plot_of_stored_results_and_of_runs_of_different_length(tmp_path, capsys):
+    fake_results(tmp_path, "base", ["default", "other"], ["Hopper"], (1, 2), lambda s, e, seed: 10 * seed)
+    assert plot.main([str(tmp_path / "base"), "--by", "setting", "--out", str(tmp_path / "b.png")]) == 0
+    assert "Hopper other 2 15.00 10.00 20.0" in " ".join(capsys.readouterr().out.split())
+    curves = [{"global_step": [10, 20, 30], "return": [None, 2, 3]}, {"global_step": [15, 25, 50], "return": [1, 2, 4.5]}]
+    assert plot.band(curves) | {"low": 0, "high": 0} == {
+        "steps": [20, 30],
+        "mean": [1.75, 2.75],
+        "low": 0,
+        "high": 0,
+        "seeds": 2,
+    }
+
+
+def test_plot_says_what_it_leaves_out_and_what_is_wrong(tmp_path, capsys):
+    first = write_setting(tmp_path / "a", "x", "Hopper", 1, 5.0)
+    again = write_setting(tmp_path / "b", "x", "Hopper", 1, 5.0)
+    cut = write_run(tmp_path / "c" / "x", steps=900, seed=2)
+    out = str(tmp_path / "x.png")
+    assert plot.main([str(first), str(again), str(cut), "--out", out]) == 0
+    err = capsys.readouterr().err
+    assert f"left out: {again} has the setting, task and seed of an earlier run" in err
+    assert f"not finished: {cut}, 900 of 1,050 steps" in err
+    for words, message in (
+        ([str(tmp_path / "none")], "none does not exist"),
+        ([str(first / "episodes.jsonl")], "no run directory and no result file"),
+        ([str(first), "--by", "nonsense"], "not all runs have an argument nonsense; they differ in: nothing"),
+        ([str(first), "--baseline", "nonsense"], "there is no setting nonsense; settings: all runs"),
+    ):
+        assert plot.main([*words, "--out", out]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(first), "--out", "plot.doc"])

@@ -24,7 +24,7 @@ from torch import nn
 from helpers import loss_inputs, read_checkpoint, read_jsonl
 
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parents[1].glob("ppo_*.py"))]
-CONTINUOUS = [script for script in SCRIPTS if hasattr(script.Args, "clip_actions")]
+CONTINUOUS = [script for script in SCRIPTS if script.__name__ in ("ppo_continuous", "ppo_kl_penalty")]
 TRACE: dict[str, Any] = {
     "env": "Recorder-v0",
     "num_envs": 2,
@@ -120,8 +120,9 @@ class Trace:
 
     def batch(self, iteration: int) -> SimpleNamespace:
         """What the updates of an iteration learn from, each (T, N, ...)."""
-        tensors = vars(self.updates_of(iteration)[0].batch)
+        tensors = dict(vars(self.updates_of(iteration)[0].batch))
         shape = (self.args.num_steps, self.args.num_envs)
+        tensors.pop("state", None)  # of an LSTM: not one of each step
         return SimpleNamespace(**{name: x.view(*shape, *x.shape[1:]) for name, x in tensors.items()})
 
     def recorded(self, name: str) -> np.ndarray:
@@ -138,6 +139,13 @@ class Trace:
         """The updates of each epoch."""
         size = self.args.num_minibatches
         return [self.updates[i : i + size] for i in range(0, len(self.updates), size)]
+
+
+def value_of(agent, obs: torch.Tensor) -> torch.Tensor:
+    """Values (B,) of observations (B, obs_dim)."""
+    if hasattr(agent, "features"):
+        return agent.value(agent.features(obs, torch.zeros(len(obs)), agent.initial_state(len(obs))))
+    return agent.value(obs)
 
 
 def clones(*tensors):
@@ -195,10 +203,11 @@ def run_trace(script, run_dir: Path, **changes) -> Trace:
     def numpy_policy(agent):
         inner = make_policy(agent)
 
-        def policy(obs, *state):
-            mean, std = inner(obs, *state)  # without a Gaussian: logits and state
-            trace.acted.append(SimpleNamespace(obs=obs.copy(), mean=mean.copy(), std=std.copy()))
-            return mean, std
+        def policy(obs, *memory):
+            said = inner(obs, *memory)
+            mean, std = said if script in CONTINUOUS else (None, None)
+            trace.acted.append(SimpleNamespace(obs=obs.copy(), mean=copy.copy(mean), std=copy.copy(std)))
+            return said
 
         return policy
 
@@ -716,7 +725,7 @@ def test_detail_28_statistics_once_per_rollout_or_none(script, traces):
         last = torch.tensor(np.clip((raw[steps.stop] - mean) / np.sqrt(var + 1e-8), -10, 10), dtype=torch.float32)
         agent = trace.agent_at(trace.updates_of(iteration)[0].theta[0])
         with torch.no_grad():
-            value = agent.value(last)
+            value = value_of(agent, last)
         torch.testing.assert_close(trace.rollouts[iteration].values[-1], value, rtol=1e-4, atol=1e-5)
     trace = traces(script, **PLAIN)
     stored = np.concatenate([trace.batch(i).obs.numpy() for i in range(3)])

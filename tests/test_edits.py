@@ -6,6 +6,7 @@ An edit trains the policy that acts, or stops with a sentence before there is a 
 import importlib.util
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -314,7 +315,14 @@ def test_a_space_without_a_fixed_size_is_refused_with_a_way_out(name, monkeypatc
     assert not Path("run").exists()
 
 
-def test_a_large_discrete_space_takes_memory_for_its_vectors_only(monkeypatch):
+def test_a_large_discrete_space_needs_no_table(monkeypatch):
+    """Two observations of 5,000 values take their own 40 kB, not the 100 MB of all one-hot vectors."""
+    tracemalloc.start()
+    flat = flatten_obs(np.array([7, 4999]), Discrete(5000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e5
+    assert np.argwhere(flat).tolist() == [[0, 7], [1, 4999]]
     monkeypatch.setattr(Observes, "space", Discrete(5000))
     train(tiny_args(env="Observes-v0", num_envs=1, num_steps=16, total_timesteps=32, num_minibatches=2))
     assert read_checkpoint("run")["obs_rms"]["mean"].shape == (5000,)

@@ -402,13 +402,14 @@ def other_statistics(rng, run: Path, script: str):
         state = checkpoint[rng.choice([key for key in ("obs_rms", "return_rms") if key in checkpoint])]
         state[rng.choice(["mean", "m2"])] = rng.choice([torch.zeros(77), torch.zeros(2, 2), torch.zeros(0)])
 
-    rewrite(run, change if script != "ppo_atari" else lambda checkpoint: checkpoint.update(adam=checkpoint["adam"][:2]))
+    rewrite(run, change if script != "ppo_atari" else lambda checkpoint: checkpoint.update(updates=math.nan))
 
 
 def other_adam(rng, run: Path, script: str):
     def change(checkpoint):
-        a, b, step = checkpoint["adam"]
-        checkpoint["adam"] = rng.choice([(a, b), (a, b[:-1], step), (a.repeat(2), b.repeat(2), step), (a, b, a), None, ()])
+        a, b, *step = checkpoint["adam"]  # ppo_atari.py has the step apart
+        others = [(a,), (a, b[:-1], *step), (a.repeat(2), b.repeat(2), *step), (a, b, *step, a), None, ()]
+        checkpoint["adam"] = rng.choice(others)
 
     rewrite(run, change)
 

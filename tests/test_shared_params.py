@@ -1,10 +1,13 @@
 """ppo_shared_params.py: one trunk or two, discrete and multi-discrete actions, action masks, LSTM, partial observation."""
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -15,17 +18,25 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from torch import nn
 from torch.distributions import Categorical
 
+import ppo_continuous
 import ppo_shared_params
 from helpers import equal, read_checkpoint, read_jsonl, read_metrics, run_script
 from ppo_shared_params import (
+    INVERSE_KEYS,
+    MASK_KEYS,
+    ActionMap,
     Agent,
     Args,
+    NonFiniteError,
+    Spaces,
     UsageError,
     action_components,
     evaluate,
-    flatten_obs,
+    load_policy,
+    make_policy,
     numpy_policy,
     read_masks,
+    read_obs,
     train,
     unroll_lstm,
 )
@@ -70,9 +81,9 @@ class RandomEndsDiscrete(gymnasium.Env):
 class Masked(RandomEndsDiscrete):
     """Two components of 3 and 5 choices, of which a random part is valid; an invalid choice is an error."""
 
-    def __init__(self, place: str = "info", render_mode: str | None = None):
+    def __init__(self, place: str = "info", key: str = "action_mask", invalid: float = 0, render_mode: str | None = None):
         super().__init__(MultiDiscrete([3, 5]))
-        self.place = place
+        self.place, self.key, self.invalid = place, key, invalid  # invalid below 0: of the kind that is added to logits
         if place == "observation":
             self.observation_space: Any = Dict({"x": Box(-np.inf, np.inf, (4,)), "action_mask": MultiBinary(8)})
         if place == "tuple in observation":
@@ -88,7 +99,7 @@ class Masked(RandomEndsDiscrete):
             return {"x": obs, "action_mask": (self.mask[:3].astype(np.int8), self.mask[3:].astype(np.int8))}, {}
         if self.place == "tuple":  # as MultiDiscrete.sample takes it
             return obs, {"action_mask": (self.mask[:3].astype(np.int8), self.mask[3:].astype(np.int8))}
-        return obs, {"action_mask": self.mask}
+        return obs, {self.key: np.where(self.mask, 0, self.invalid).astype(np.float32) if self.invalid else self.mask}
 
     def reset(self, *, seed=None, options=None):
         return self.masked(super().reset(seed=seed)[0])
@@ -119,6 +130,25 @@ class MaskedLater(Masked):
         return obs, {}
 
 
+class OnlyMask(RandomEndsDiscrete):
+    """Shows its mask and nothing else."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__()
+        self.observation_space: Any = Dict(action_mask=MultiBinary(3))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"action_mask": np.ones(3, np.int8)}, {}
+
+
+class MaskMethod(RandomEndsDiscrete):
+    """Offers its masks as another library wants them."""
+
+    def action_masks(self):
+        return np.array([True, False, True])
+
+
 class Recall(gymnasium.Env):
     """Reward 1 for repeating at the fourth step the sign seen at the first: 0.5 without memory, 1 with it."""
 
@@ -147,7 +177,14 @@ register("RandomEndsShifted-v0", RandomEndsDiscrete, kwargs={"action_space": Dis
 register("RandomEndsMulti-v0", RandomEndsDiscrete, kwargs={"action_space": MultiDiscrete([2, 4, 3])})
 register("RandomEndsBox-v0", RandomEndsDiscrete, kwargs={"action_space": Box(np.float32(-2), np.float32(1), (2,))})
 register("RandomEndsWide-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-(2**31), 2**31 - 1, (2,), np.int32)})
-register("RandomEndsBinary-v0", RandomEndsDiscrete, kwargs={"action_space": MultiBinary(3)})
+register("RandomEndsBinary-v0", RandomEndsDiscrete, kwargs={"action_space": MultiBinary((3, 2))})
+register("RandomEndsParts-v0", RandomEndsDiscrete, kwargs={"action_space": Dict(a=Discrete(2), b=Discrete(3))})
+register("RandomEndsPairs-v0", RandomEndsDiscrete, kwargs={"action_space": Tuple([Discrete(2), Box(-1, 1)])})
+register("RandomEndsHuge-v0", RandomEndsDiscrete, kwargs={"action_space": Discrete(10**12)})
+register("RandomEndsManyChoices-v0", RandomEndsDiscrete, kwargs={"action_space": Discrete(10**5)})
+register(
+    "RandomEndsDouble-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-0.5, np.array([[0.1], [0.7]]), dtype=np.float64)}
+)
 register("RandomEndsUnbounded-v0", RandomEndsDiscrete, kwargs={"action_space": Box(-np.inf, np.inf, (2,))})
 register("MaskedInfo-v0", Masked, kwargs={"place": "info"})
 register("MaskedTuple-v0", Masked, kwargs={"place": "tuple"})
@@ -155,6 +192,12 @@ register("MaskedAtFirst-v0", MaskedAtFirst)
 register("MaskedLater-v0", MaskedLater)
 register("MaskedObservation-v0", Masked, kwargs={"place": "observation"})
 register("MaskedTupleObservation-v0", Masked, kwargs={"place": "tuple in observation"})
+for mask_key in (*MASK_KEYS, *INVERSE_KEYS):
+    register(f"Masked_{mask_key}-v0", Masked, kwargs={"key": mask_key})
+register("MaskedByInfinity-v0", Masked, kwargs={"invalid": -np.inf})
+register("MaskedByLargeNumbers-v0", Masked, kwargs={"invalid": -1e9, "key": "avail_actions"})
+register("OnlyMask-v0", OnlyMask)
+register("MaskMethod-v0", MaskMethod)
 register("Recall-v0", Recall)
 
 
@@ -168,24 +211,24 @@ def trace(monkeypatch):
 
         def spy_policy(agent):
             policy = make_policy(agent)
-            iterations.append({"logits": [], "updates": [], "theta": nn.utils.parameters_to_vector(agent.parameters()).clone()})
+            iterations.append(
+                {"outputs": [], "updates": [], "theta": nn.utils.parameters_to_vector(agent.parameters()).clone()}
+            )
 
-            def spied(obs, state):
-                logits, state = policy(obs, state)
-                iterations[-1]["logits"].append(logits.copy())
-                return logits, state
+            def spied(obs, memory):
+                outputs, memory = policy(obs, memory)
+                iterations[-1]["outputs"].append([x.copy() for x in outputs])
+                return outputs, memory
 
             return spied
 
         def spy_update(agent, args):
             update = make_update(agent, args)
 
-            def spied(theta, adam, batch, start_state, mb_inds, *hyper):
-                names = ("obs", "actions", "masks", "first", "logprobs", "values", "advantages", "returns", "valid")
+            def spied(theta, adam, batch, mb_inds, *hyper):
                 if not iterations[-1]["updates"]:  # copies: the next rollout writes into the same arrays
-                    iterations[-1] |= dict(zip(names, (x.clone() for x in batch), strict=True))
-                    iterations[-1] |= {"start_state": start_state.clone(), "agent": agent}
-                info = update(theta, adam, batch, start_state, mb_inds, *hyper)
+                    iterations[-1] |= {name: x.clone() for name, x in batch._asdict().items()} | {"agent": agent}
+                info = update(theta, adam, batch, mb_inds, *hyper)
                 iterations[-1]["updates"].append((mb_inds, info))
                 return info
 
@@ -194,14 +237,14 @@ def trace(monkeypatch):
         monkeypatch.setattr(ppo_shared_params, "numpy_policy", spy_policy)
         monkeypatch.setattr(ppo_shared_params, "make_update", spy_update)
         train(args)
-        return iterations
+        return [record for record in iterations if record["updates"]]  # without the probe before the run
 
     return run
 
 
 def make_agent(lstm: bool, share: bool, nvec=(2, 4, 3), seed=0) -> Agent:
     torch.manual_seed(seed)
-    agent = Agent(4, list(nvec), share_params=share, lstm=lstm)
+    agent = Agent(4, (len(nvec), max(nvec)), share_params=share, lstm=lstm)
     with torch.no_grad():
         next(agent.actor.parameters()).mul_(100)  # of gain 1, so that the policy is not uniform
     return agent
@@ -218,8 +261,8 @@ def test_detail_37_independent_components(nvec):
     obs, n = torch.randn(1, 4).expand(len(everything), 4), len(everything)
     masks, first, state = real.expand(n, -1, -1), torch.zeros(n), agent.initial_state(n)
     with torch.no_grad():
-        logprob, entropy, _, _ = agent(obs, everything, masks, first, state)
-        logits = agent.actor(agent.trunks[0](obs)).view(n, len(nvec), -1)
+        logprob, entropy, *_ = agent(obs, everything, masks, first, state)
+        (logits,) = agent.policy(agent.features(obs, first, state))
     parts = [Categorical(logits=logits[:, c, :size]) for c, size in enumerate(nvec)]
     assert logprob.exp().sum().item() == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(logprob, sum(part.log_prob(everything[:, c]) for c, part in enumerate(parts)))
@@ -230,7 +273,7 @@ def test_detail_37_independent_components(nvec):
 def test_action_spaces():
     nvec, choices = action_components(Box(np.array([-2, 0], np.float32), np.array([1, 10], np.float32)), 4)
     assert nvec == [4, 4]
-    np.testing.assert_allclose(choices, [[-2, -1, 0, 1], [0, 10 / 3, 20 / 3, 10]], rtol=1e-6)
+    np.testing.assert_allclose(choices, [[-2.0, -1.0, 0.0, 1.0], [0.0, 10 / 3, 20 / 3, 10.0]], rtol=1e-6)
     nvec, choices = action_components(Discrete(3, start=-1), None)
     assert (nvec, choices.tolist()) == ([3], [[-1, 0, 1]])
     nvec, choices = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
@@ -239,6 +282,21 @@ def test_action_spaces():
     assert (nvec, choices[[0, 1], [2, 3]].tolist(), choices.dtype) == ([3, 5], [1, 3], np.int32)
     nvec, choices = action_components(Box(0, 1, (2,), dtype=np.bool_), None)
     assert (nvec, choices.tolist()) == ([2, 2], [[False, True]] * 2)
+    nvec, choices = action_components(MultiBinary((3, 2)), None)
+    assert (nvec, choices.tolist(), choices.dtype) == ([2] * 6, [[0, 1]] * 6, np.int8)
+
+
+def test_actions_as_the_environment_takes_them():
+    binary = MultiBinary((3, 2))
+    taken = ActionMap.of(binary, None).to_env(np.array([[0, 1, 1, 0, 0, 1]]), True)
+    assert taken.tolist() == [[[0, 1], [1, 0], [0, 1]]]
+    assert binary.contains(taken[0])
+    box = Box(np.array([[-0.5], [0.0]]), np.array([[0.1], [0.7]]), dtype=np.float64)
+    sampled = np.array([[0.3, 0.3], [-9, 9], [0, 0.5]], np.float32)
+    clipped = ActionMap.of(box, None).to_env(sampled, True)
+    assert clipped.tolist() == [[[0.1], [float(np.float32(0.3))]], [[-0.5], [0.7]], [[0], [0.5]]]
+    assert all(box.contains(action) for action in clipped)
+    assert ActionMap.of(box, None).to_env(sampled, False).ravel().tolist() == sampled.ravel().tolist()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -258,6 +316,13 @@ def test_bins_stay_within_the_bounds(low, high, dtype):
         ("RandomEndsShifted-v0", {}),
         ("RandomEndsMulti-v0", {"share_params": False}),
         ("RandomEndsBox-v0", {"discretize_actions": 3}),
+        ("RandomEndsBinary-v0", {}),
+        ("RandomEndsBinary-v0", {"lstm": True, "share_params": False}),
+        ("RandomEndsBox-v0", {}),
+        ("RandomEndsDouble-v0", {"share_params": False, "norm_obs": "batch"}),
+        ("RandomEndsDouble-v0", {"lstm": True, "share_params": False}),
+        ("RandomEndsUnbounded-v0", {"lstm": True, "observe": (1, 3)}),
+        ("CheetahRun-v1", {"norm_obs": "step"}),  # observations are a dictionary
         ("FrozenLake-v1", {}),
         ("LunarLander-v3", {"norm_obs": "step", "norm_reward": True}),
         ("BipedalWalker-v3", {"discretize_actions": 5, "norm_obs": "batch"}),
@@ -277,12 +342,61 @@ def test_runs_and_evaluates_in(env, flags):
 def test_samples_follow_the_policy(trace):
     """Frequencies of actions against the probabilities of the rollout's logits, within four standard errors."""
     iterations = trace(tiny(env="RandomEndsMulti-v0", num_steps=512, num_envs=8, total_timesteps=2 * 4096, learning_rate=0.02))
-    logits = torch.tensor(np.concatenate(iterations[1]["logits"])).view(-1, 3, 4)
+    logits = torch.tensor(np.concatenate([logits for (logits,) in iterations[1]["outputs"]])).view(-1, 3, 4)
     probabilities = logits.masked_fill(torch.arange(4) >= torch.tensor([2, 4, 3])[:, None], -torch.inf).softmax(2)
-    chosen = nn.functional.one_hot(iterations[1]["actions"], 4)
+    chosen = nn.functional.one_hot(iterations[1]["action"], 4)
     error = (probabilities * (1 - probabilities)).sum(0).sqrt()
     assert ((chosen - probabilities).sum(0).abs() <= 4 * error).all()
     assert (probabilities.mean(0)[0] - 0.5).abs().max() > 0.01  # the update has moved the policy
+
+
+# Gaussian policy
+
+
+@pytest.mark.parametrize("env", ["RandomEndsBox-v0", "RandomEndsDouble-v0", "envs:Point-v0"])
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+def test_gaussian_policy_of_separate_networks_is_that_of_ppo_continuous(env, norm_adv):
+    """To the last bit, with the flags of that script: parameters, statistics, losses, episodes, evaluation."""
+    flags = TINY | {"env": env, "norm_obs": "step", "clip_obs": 10.0, "clip_reward": 10.0, "ent_coef": 0.0, "num_steps": 32}
+    flags |= {"norm_adv": norm_adv, "checkpoint_every": 2, "total_timesteps": 5 * 128, "eval_deterministic": False}
+    train(Args(**flags | {"run_dir": "ours", "share_params": False, "eval_episodes": 6}))
+    ppo_continuous.train(ppo_continuous.Args(**flags | {"run_dir": "base", "eval_episodes": 6}))
+    ours, base = read_checkpoint("ours"), read_checkpoint("base")
+    for key in ("theta", "adam", "obs_rms", "return_rms", "recent_returns", "global_step", "spaces"):
+        assert equal(ours[key], base[key]), key
+    assert ours["adam"][2] == 5 * 4
+    assert read_metrics("ours")[1:] == read_metrics("base")[1:]
+    for name in ("episodes.jsonl", "evaluation.json"):
+        assert Path("ours", name).read_bytes() == Path("base", name).read_bytes()
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lstm", [False, True])
+def test_gaussian_policy_learns_from_the_density_of_what_it_did(lstm, share, trace):
+    for record in trace(tiny(env="RandomEndsDouble-v0", lstm=lstm, share_params=share)):
+        mean, std = (np.concatenate([np.broadcast_to(step[i], (4, 2)) for step in record["outputs"]]) for i in (0, 1))
+        action = record["action"].numpy()
+        density = (-0.5 * ((action - mean) / std) ** 2 - np.log(std * math.sqrt(2 * math.pi))).sum(1)
+        np.testing.assert_allclose(record["logprob"].numpy(), density, atol=1e-5)
+        _, info = record["updates"][0]
+        assert abs(info["old_approx_kl"].item()) < 1e-6
+        assert info["clipfrac"].item() == 0
+        assert info["entropy"].item() == pytest.approx(
+            2 * 0.5 * math.log(2 * math.pi * math.e) + np.log(std[0]).sum(), abs=1e-5
+        )
+        assert (np.abs(action) > 0.7).any()  # the environment refuses these, so it gets clipped ones
+    assert std[0].tolist() != [1, 1]
+
+
+def test_gaussian_policy_samples_what_it_says(trace):
+    """Mean and standard deviation of (action - mean) / std, within four standard errors."""
+    record = trace(tiny(env="RandomEndsBox-v0", num_steps=512, num_envs=8, total_timesteps=2 * 4096, learning_rate=0.02))[1]
+    mean, std = (np.concatenate([np.broadcast_to(step[i], (8, 2)) for step in record["outputs"]]) for i in (0, 1))
+    z = (record["action"].numpy() - mean) / std
+    assert (np.abs(z.mean(0)) < 4 / math.sqrt(len(z))).all()
+    assert (np.abs(z.std(0) - 1) < 4 / math.sqrt(2 * len(z))).all()
+    assert abs(np.corrcoef(z.T)[0, 1]) < 4 / math.sqrt(len(z))
+    assert mean.std(0).min() > 0.01  # the update has moved it
 
 
 # masks
@@ -294,15 +408,15 @@ def test_aux_action_masks_are_obeyed(env, lstm, trace):
     """The environment raises at an invalid action."""
     iterations = trace(tiny(env=env, num_envs=8, num_steps=32, total_timesteps=3 * 256, lstm=lstm))
     for record in iterations:
-        assert record["masks"].any(2).all()
-        assert record["masks"].gather(2, record["actions"].unsqueeze(2)).all()
-        assert 0.2 < record["masks"].float().mean() < 0.5  # of 2 x 5
+        assert record["mask"].any(2).all()
+        assert record["mask"].gather(2, record["action"].unsqueeze(2)).all()
+        assert 0.2 < record["mask"].float().mean() < 0.5  # of 2 x 5
         assert record["obs"].shape[1] == 4  # the mask is no observation
 
 
 def test_aux_action_masks_that_a_step_leaves_out_allow_all(trace):
     for record in trace(tiny(env="MaskedAtFirst-v0", num_envs=4, num_steps=8, total_timesteps=2 * 32)):
-        choices = record["masks"].view(8, 4, 10).sum(2)
+        choices = record["mask"].view(8, 4, 10).sum(2)
         assert choices[1:].eq(3 + 5).float().mean() > 0.5  # the others are resets
         assert (choices[0] < 3 + 5).any()
 
@@ -310,7 +424,7 @@ def test_aux_action_masks_that_a_step_leaves_out_allow_all(trace):
 def test_aux_action_masks_of_steps_alone_are_obeyed_and_resets_allow_all(trace):
     """With a restart of the environments before each iteration."""
     for record in trace(tiny(env="MaskedLater-v0", num_envs=4, num_steps=8, total_timesteps=3 * 32, checkpoint_every=1)):
-        choices = record["masks"].view(8, 4, 10).sum(2)
+        choices = record["mask"].view(8, 4, 10).sum(2)
         assert (choices[0] == 3 + 5).all()
         assert choices[1:].lt(3 + 5).float().mean() > 0.5  # the others are resets
 
@@ -324,8 +438,8 @@ def test_aux_action_masks_leave_no_probability_and_no_gradient():
     agent = make_agent(lstm=False, share=True, nvec=(5,))
     obs, action, n = torch.randn(64, 4), torch.randint(0, 2, (64, 1)) * 3, 64  # actions 0 and 3
     mask = torch.tensor([True, False, False, True, True]).expand(n, 1, 5)
-    logprob, entropy, _, _ = agent(obs, action, mask, torch.zeros(n), agent.initial_state(n))
-    logits = agent.actor(agent.trunks[0](obs))
+    logprob, entropy, *_ = agent(obs, action, mask, torch.zeros(n), agent.initial_state(n))
+    logits = agent.actor(agent.policy_trunk(obs))
     reference = Categorical(logits=logits[:, [0, 3, 4]])
     torch.testing.assert_close(logprob, reference.log_prob((action > 0).long().squeeze(1)))
     torch.testing.assert_close(entropy, reference.entropy())
@@ -360,12 +474,69 @@ def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
             read_masks(obs, {"action_mask": wrong}, real)
 
 
+@pytest.mark.parametrize("key", MASK_KEYS)
+def test_aux_action_masks_under_every_usual_name(key, trace):
+    for record in trace(tiny(env=f"Masked_{key}-v0", total_timesteps=2 * 64)):
+        assert record["mask"].gather(2, record["action"].unsqueeze(2)).all()
+        assert 0.2 < record["mask"].float().mean() < 0.5
+
+
+@pytest.mark.parametrize("env", ["MaskedByInfinity-v0", "MaskedByLargeNumbers-v0"])
+def test_aux_action_masks_that_are_added_to_logits(env, trace):
+    """The environment raises at an invalid action."""
+    args = tiny(env=env, num_envs=8, num_steps=32, total_timesteps=3 * 256, eval_episodes=8)
+    for record in trace(args):
+        assert record["mask"].gather(2, record["action"].unsqueeze(2)).all()
+        assert 0.2 < record["mask"].float().mean() < 0.5
+    assert sum(evaluate(args, read_checkpoint("run"))["lengths"]) > 20
+
+
+def test_aux_action_masks_of_numbers():
+    real, obs = np.array([[True, True, False], [True, True, True]]), np.zeros((2, 1))
+    expected = [[[False, True, False], [True, False, True]], [[True, True, False], [False, False, True]]]
+    zeros_and_ones = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1]])  # nothing of the last row's first component: all of it
+    for dtype in (bool, np.int8, np.uint8, np.int64, np.float32):
+        assert read_masks(obs, {"action_mask": zeros_and_ones.astype(dtype)}, real).tolist() == expected
+    for low in (-1000, -1e9, -np.inf):
+        assert read_masks(obs, {"action_mask": np.where(zeros_and_ones, 0, low)}, real).tolist() == expected
+    # no number is added where all is valid, or where an environment gave no mask
+    assert read_masks(obs, {"action_mask": np.zeros((2, 5))}, real).tolist() == [real.tolist()] * 2
+    for odd in (2, -1, 0.5, np.nan, np.inf):
+        for rest in (zeros_and_ones, np.where(zeros_and_ones, 0, -np.inf)):
+            mask = rest.astype(float)
+            mask[1, 4] = odd
+            with pytest.raises(UsageError, match="action_mask must hold 1 for valid and 0 for invalid"):
+                read_masks(obs, {"action_mask": mask}, real)
+    mixed = np.array([[0, 1, 1, 0, 1], [0, 0, -np.inf, 0, 0]])
+    with pytest.raises(UsageError, match="action_mask must hold 1 for valid and 0 for invalid"):
+        read_masks(obs, {"action_mask": mixed}, real)
+    with pytest.raises(UsageError, match="action_mask is a dictionary"):
+        read_masks(obs, {"action_mask": {"a": zeros_and_ones}}, real)
+
+
+def test_aux_action_masks_that_may_be_lists_of_actions():
+    """Of two actions both of which are legal, a list is [0, 1], which as a mask forbids the first."""
+    two, obs = np.ones((1, 2), dtype=bool), np.zeros((1, 1))
+    for key in ("legal_actions", "valid_actions"):
+        with pytest.raises(UsageError, match=f"{key} of two numbers .* action_mask"):
+            read_masks(obs, {key: np.array([[0, 1]])}, two)
+        assert read_masks(obs, {key: np.array([[False, True]])}, two).tolist() == [[[False, True]]]
+        with pytest.raises(UsageError, match=f"{key} must hold"):
+            read_masks(obs, {key: np.array([[0, 1, 2]])}, np.ones((1, 3), dtype=bool))
+    assert read_masks(obs, {"action_mask": np.array([[0, 1]])}, two).tolist() == [[[False, True]]]
+
+
 def test_observations_become_vectors():
-    space = Dict({"b": Box(0, 1, (2, 2)), "a": Discrete(3, start=1), "action_mask": MultiBinary(2)})
     obs = {"b": np.arange(8).reshape(2, 2, 2), "a": np.array([1, 3]), "action_mask": np.ones((2, 2))}
     expected = [[1, 0, 0, 0, 1, 2, 3], [0, 0, 1, 4, 5, 6, 7]]
-    np.testing.assert_array_equal(flatten_obs(obs, space), expected)
-    np.testing.assert_array_equal(flatten_obs(obs, space, (2, 0)), np.array(expected)[:, [2, 0]])
+    for name in ("action_mask", "legal_actions"):
+        space = Dict({"b": Box(0, 1, (2, 2)), name: MultiBinary(2), "a": Discrete(3, start=1)})
+        envs = SimpleNamespace(single_observation_space=space, single_action_space=Discrete(2))
+        spaces = Spaces.of(envs)
+        assert spaces.obs_dim == 7
+        assert spaces.describe()["observation"] == str(Dict({"a": Discrete(3, start=1), "b": Box(0, 1, (2, 2))}))
+        np.testing.assert_array_equal(read_obs(obs, spaces, tiny()), expected)
+        np.testing.assert_array_equal(read_obs(obs, spaces, tiny(observe=(2, 0))), np.array(expected)[:, [2, 0]])
 
 
 # networks
@@ -376,27 +547,27 @@ def test_observations_become_vectors():
 def test_detail_13_shared_and_separate(share, lstm):
     agent = make_agent(lstm, share)
     obs, first = torch.randn(6, 4), torch.zeros(6)
-    agent.value(obs, first, agent.initial_state(2)).sum().backward()
+    agent.value(agent.features(obs, first, agent.initial_state(2))).sum().backward()
     moved = {name for name, p in agent.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert ("trunks.0.0.weight" in moved) == share
-    assert ("trunks.1.0.weight" in moved) == (not share)
+    assert ("policy_trunk.0.weight" in moved) == share
+    assert ("value_trunk.0.weight" in moved) == (not share)
     per_trunk = 4 * 64 + 64 + 64 * 64 + 64 + lstm * (4 * 128 * (64 + 128) + 2 * 4 * 128)
     heads = (1 + 3 * 4) * ((128 if lstm else 64) + 1)
     assert sum(p.numel() for p in agent.parameters()) == per_trunk * (1 if share else 2) + heads
 
 
 def test_detail_32_lstm_initialization():
-    agent = Agent(4, [2], lstm=True, share_params=False)
-    assert agent.cells is not None
-    for cell in agent.cells:
+    agent = Agent(4, (1, 2), lstm=True, share_params=False)
+    for cell in (agent.policy_cell, agent.value_cell):
+        assert cell is not None
         for name, parameter in cell.named_parameters():
             if name.startswith("weight"):  # orthonormal columns
                 torch.testing.assert_close(parameter.T @ parameter, torch.eye(parameter.shape[1]), atol=1e-5, rtol=0)
             else:
                 assert parameter.count_nonzero() == 0
-    other = Agent(4, [2], weight_init="torch", lstm=True)
-    assert other.cells is not None
-    assert all(parameter.count_nonzero() == parameter.numel() for parameter in other.cells.parameters())
+    other = Agent(4, (1, 2), weight_init="torch", lstm=True).policy_cell
+    assert other is not None
+    assert all(parameter.count_nonzero() == parameter.numel() for parameter in other.parameters())
 
 
 # LSTM
@@ -467,22 +638,22 @@ def test_training_sees_what_the_rollout_put_out(lstm, share, trace):
     for iteration, record in enumerate(
         trace(tiny(env="RandomEndsMulti-v0", lstm=lstm, share_params=share, num_steps=24, total_timesteps=3 * 96))
     ):
-        logits = torch.tensor(np.concatenate(record["logits"])).view(-1, 3, 4)
-        logits = logits.masked_fill(~record["masks"], -torch.inf)
-        taken = logits.log_softmax(2).gather(2, record["actions"].unsqueeze(2)).squeeze(2).sum(1)
-        torch.testing.assert_close(taken, record["logprobs"], atol=1e-5, rtol=0)
+        logits = torch.tensor(np.concatenate([logits for (logits,) in record["outputs"]])).view(-1, 3, 4)
+        logits = logits.masked_fill(~record["mask"], -torch.inf)
+        taken = logits.log_softmax(2).gather(2, record["action"].unsqueeze(2)).squeeze(2).sum(1)
+        torch.testing.assert_close(taken, record["logprob"], atol=1e-5, rtol=0)
         agent = record["agent"]
         nn.utils.vector_to_parameters(record["theta"], agent.parameters())
-        inputs = [record[key] for key in ("obs", "actions", "masks", "first")]
+        inputs = [record[key] for key in ("obs", "action", "mask", "first")]
         for envs in ([2, 0, 3, 1], [3], [1, 2]):  # permuting or choosing environments permutes or chooses the results
             rows = (torch.arange(24)[:, None] * 4 + torch.tensor(envs)).flatten()
-            state = record["start_state"][envs] if lstm else agent.initial_state(len(rows))
+            state = record["state"][envs] if lstm else agent.initial_state(len(rows))
             with torch.no_grad():
                 logprob, _, value, _ = agent(*(x[rows] for x in inputs), state)
-            torch.testing.assert_close(logprob, record["logprobs"][rows], atol=1e-5, rtol=0)
-            torch.testing.assert_close(value, record["values"][rows], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logprob, record["logprob"][rows], atol=1e-5, rtol=0)
+            torch.testing.assert_close(value, record["value"][rows], atol=1e-5, rtol=1e-5)
         if lstm:
-            assert (record["start_state"].abs().sum() > 0) == (iteration > 0)
+            assert (record["state"].abs().sum() > 0) == (iteration > 0)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -501,7 +672,8 @@ def test_last_value_continues_the_state_of_the_rollout(share, trace, monkeypatch
         obs, first = (torch.cat([record[key], following[key][:4]]) for key in ("obs", "first"))
         nn.utils.vector_to_parameters(record["theta"], record["agent"].parameters())
         with torch.no_grad():
-            expected = record["agent"].value(obs, first, record["start_state"]).view(17, 4)
+            agent = record["agent"]
+            expected = agent.value(agent.features(obs, first, record["state"])).view(17, 4)
         torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
         last_first.append(first[-4:])
         assert (last_first[-1] == 0).any()
@@ -517,8 +689,8 @@ def test_separate_trunks_continue_their_own_states():
     assert first.sum() > 2
 
     def run(rows, state):
-        actor_input, critic_input, after = agent.features(obs[rows], first[rows], state)
-        return torch.cat([agent.actor(actor_input), agent.critic(critic_input)], dim=1), after
+        features = agent.features(obs[rows], first[rows], state)
+        return torch.cat([agent.policy(features)[0].flatten(1), agent.value(features)[:, None]], dim=1), features.state
 
     with torch.no_grad():
         whole, end = run(slice(None), start)
@@ -540,7 +712,7 @@ def test_states_are_reset_where_an_episode_begins(trace):
 
 
 def test_detail_33_states_start_at_zero_and_after_a_checkpoint_too(trace):
-    starts = [record["start_state"].abs().sum().item() for record in trace(tiny(lstm=True, checkpoint_every=2))]
+    starts = [record["state"].abs().sum().item() for record in trace(tiny(lstm=True, checkpoint_every=2))]
     assert starts[0] == 0
     assert starts[1] > 0
     assert starts[2] == 0
@@ -572,12 +744,12 @@ def test_numpy_policy_continues_its_state():
     policy, state = numpy_policy(agent), agent.initial_state(3)[:, 0].numpy()
     steps = []
     for x in obs:
-        logits, state = policy(x, state)
+        (logits,), state = policy(x, state)
         steps.append(logits)
     with torch.no_grad():
-        features, _, after = agent.features(torch.tensor(obs).flatten(0, 1), torch.zeros(15), agent.initial_state(3))
-        torch.testing.assert_close(torch.tensor(np.concatenate(steps)), agent.actor(features), atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.tensor(state), after[:, 0], atol=1e-5, rtol=0)
+        features = agent.features(torch.tensor(obs).flatten(0, 1), torch.zeros(15), agent.initial_state(3))
+        torch.testing.assert_close(torch.tensor(np.concatenate(steps)), agent.policy(features)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(state), features.state[:, 0], atol=1e-5, rtol=0)
 
 
 # learning
@@ -595,6 +767,7 @@ def test_recall_needs_memory(lstm):
         learning_rate=5e-3,
         lstm=lstm,
         eval_episodes=60,
+        eval_deterministic=True,
     )
     score = np.mean(train(args)["evaluation"]["returns"])
     assert score > 0.95 if lstm else 0.3 < score < 0.7
@@ -627,7 +800,7 @@ def test_evaluation_against_playing_by_hand(lstm):
     args = tiny(env="envs:Point-v0", discretize_actions=5, norm_obs="step", lstm=lstm, total_timesteps=128, seed=3)
     train(args)
     checkpoint = read_checkpoint("run")
-    agent = Agent(2, [5], lstm=lstm)
+    agent = Agent(2, (1, 5), lstm=lstm)
     nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
     with torch.no_grad():
         next(agent.actor.parameters()).mul_(100)  # so that actions vary
@@ -641,20 +814,117 @@ def test_evaluation_against_playing_by_hand(lstm):
         while not done:
             x = (obs - rms["mean"]) / np.sqrt(rms["m2"] / rms["count"] + 1e-8)
             with torch.no_grad():
-                features, _, state = agent.features(torch.tensor(x[None], dtype=torch.float32), torch.zeros(1), state)
-                actions.append(-1 + 0.5 * agent.actor(features).argmax(1).numpy())
+                features = agent.features(torch.tensor(x[None], dtype=torch.float32), torch.zeros(1), state)
+                state = features.state
+                actions.append(-1 + 0.5 * agent.policy(features)[0][:, 0].argmax(1).numpy())
             obs, reward, terminated, truncated, _ = env.step(actions[-1])
             total, length, done = total + float(reward), length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
     assert len(np.unique(actions)) > 2
     assert len(set(lengths)) > 1
-    args = dataclasses.replace(args, eval_episodes=8)
-    assert evaluate(args, checkpoint) == {"returns": returns, "lengths": lengths, "deterministic": True}
-    sampled = dataclasses.replace(args, eval_deterministic=False)
+    args = dataclasses.replace(args, eval_episodes=8, eval_deterministic=True)  # four at a time
+    played = sorted(range(8), key=lambda i: (i // 4, lengths[i]))  # each four in the order in which they end
+    expected = {"returns": [returns[i] for i in played], "lengths": [lengths[i] for i in played]}
+    assert evaluate(args, checkpoint) == expected | {"deterministic": True, "problems": []}
+    sampled = dataclasses.replace(args, eval_deterministic=Args.eval_deterministic)
+    assert not sampled.eval_deterministic
     first, second = evaluate(sampled, checkpoint), evaluate(sampled, checkpoint)
     assert first == second
     assert first["returns"] != returns
+
+
+def test_load_policy_forgets_where_an_episode_begins():
+    train(tiny(lstm=True))
+    checkpoint = read_checkpoint("run")
+    obs = np.random.default_rng(0).standard_normal((5, 64, 4)).astype(np.float32)
+    assert load_policy("run")(obs[0]).shape == (64,)
+    spaces = Spaces(Box(-np.inf, np.inf, (4,)), Discrete(3), 4)
+    agent = Agent(4, (1, 3), lstm=True)
+    nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
+    with torch.no_grad():
+        next(agent.actor.parameters()).mul_(100)  # so that actions vary
+    checkpoint["theta"] = nn.utils.parameters_to_vector(agent.parameters()).detach()
+
+    def play(first):
+        policy = make_policy(tiny(lstm=True), checkpoint, spaces)
+        return [policy(x, first=first).tolist() for x in obs]
+
+    alone = [make_policy(tiny(lstm=True), checkpoint, spaces)(x).tolist() for x in obs]
+    assert play(np.ones(64, dtype=bool)) == alone
+    remembered = play(None)
+    assert remembered[0] == alone[0]
+    assert remembered[1:] != alone[1:]
+    half = np.arange(64) < 32
+    assert [x[:32] for x in play(half)] == [x[:32] for x in alone]
+    assert [x[32:] for x in play(half)] == [x[32:] for x in remembered]
+
+
+def test_a_policy_refuses_what_is_not_finite():
+    train(tiny())
+    with pytest.raises(NonFiniteError, match="returned a non-finite observation"):
+        load_policy("run")(np.array([[0, 0, np.nan, 0]]))
+
+
+# trial edits
+
+
+def edited(changes: list[tuple[str, str]]) -> ModuleType:
+    """A copy of the script in the current directory, with each text replaced wherever it stands, imported."""
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert old in text, f"the trial edit finds no {old!r}"
+        text = text.replace(old, new)
+    Path("my_ppo.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("my_ppo", Path("my_ppo.py").resolve())
+    assert spec and spec.loader
+    module = sys.modules["my_ppo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FEATURES = "features = self.features(obs, first, state)\n        value"
+TRAINS = {
+    "hidden sizes": [("nn.Linear(obs_dim, 64)", "nn.Linear(obs_dim, 48)"), ("nn.Linear(64, 64)", "nn.Linear(48, 64)")],
+    "ReLU": [("nn.Tanh()", "nn.ReLU()")],
+    "two layers for the value": [("head(1, 1.0), head(", "nn.Sequential(head(8, 1.0), nn.Linear(8, 1)), head(")],
+}
+STOPS = {
+    "activation": [("nn.Tanh()", "nn.SiLU()")],
+    "features": [("policy = self.policy_trunk(obs)", "policy = 0.5 * self.policy_trunk(obs)")],
+    "policy": [("out = self.actor(features.policy)", "out = 0.5 * self.actor(features.policy)")],
+    "forward": [("logits, MASKED_LOGIT)", "0.5 * logits, MASKED_LOGIT)"), ("Normal(mean, std,", "Normal(mean, 0.5 * std,")],
+    "forward, observations": [(FEATURES, FEATURES.replace("(obs", "(0.5 * obs"))],
+    "numpy_policy": [("out = obs @ head[0]", "out = 0.5 * obs @ head[0]")],
+}
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+@pytest.mark.parametrize("env", ["RandomEndsMulti-v0", "RandomEndsBox-v0"])
+@pytest.mark.parametrize("name", TRAINS)
+def test_an_edit_that_trains(name, env, lstm):
+    script: Any = edited(TRAINS[name])
+    script.train(script.Args(**TINY | {"run_dir": "run", "num_minibatches": 1, "update_epochs": 1, "env": env, "lstm": lstm}))
+    for record in read_metrics("run")[1:]:
+        assert abs(record["losses/approx_kl"]) < 1e-6
+        assert record["losses/policy_loss"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+@pytest.mark.parametrize("env", ["RandomEndsMulti-v0", "RandomEndsBox-v0"])
+@pytest.mark.parametrize("name", STOPS)
+def test_an_edit_that_stops(name, env, lstm):
+    script: Any = edited(STOPS[name])
+    with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy|numpy_policy does not know SiLU"):
+        script.train(script.Args(**TINY | {"run_dir": "run", "env": env, "lstm": lstm}))
+    assert not Path("run").exists()
+
+
+def test_an_edit_of_the_memory_alone_stops():
+    script: Any = edited([("c = f * memory[:, 1] + i *", "c = 0.9 * f * memory[:, 1] + i *")])
+    with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy"):
+        script.train(script.Args(**TINY | {"run_dir": "run", "lstm": True}))
+    assert not Path("run").exists()
 
 
 # runs
@@ -666,14 +936,14 @@ def test_same_seed_same_numbers_and_resume_to_the_same_bit(lstm):
     train(tiny("whole", **flags))
     train(tiny("other", **flags, seed=2))
     saved: list[Path] = []
-    save_checkpoint = ppo_shared_params.save_checkpoint
+    write_atomically = ppo_shared_params.write_atomically
 
-    def keep(file, checkpoint):  # those of iterations 0, 2 and 4
-        save_checkpoint(file, checkpoint)
+    def keep(file, data):  # those of iterations 0, 2 and 4
+        write_atomically(file, data)
         saved.append(Path(shutil.copy(file, f"checkpoint{len(saved)}.pt")))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_shared_params, "save_checkpoint", keep)
+        patch.setattr(ppo_shared_params, "write_atomically", keep)
         train(tiny("again", **flags))
     whole, again = read_checkpoint("whole"), read_checkpoint("again")
     assert equal(whole["theta"], again["theta"])
@@ -718,9 +988,19 @@ def test_renamed_copy_runs_alone():
         ({"observe": (0, 0)}, "must be different"),
         ({"observe": (-1,)}, "at least 0"),
         ({"observe": (0, 7)}, "has 4 observation components"),
-        ({"env": "RandomEndsBox-v0"}, "add --discretize-actions"),
-        ({"env": "RandomEndsUnbounded-v0", "discretize_actions": 3}, "no finite bounds"),
-        ({"env": "RandomEndsBinary-v0"}, "needs Discrete, MultiDiscrete or Box"),
+        ({"discretize_actions": 1002}, "discretize_actions is 1002: it must be at most 1001"),
+        ({"env": "RandomEndsUnbounded-v0", "discretize_actions": 3}, "no finite bounds.*: leave out --discretize-actions"),
+        ({"env": "RandomEndsParts-v0"}, r"action space is Dict.*: make it a Box or MultiDiscrete with .*ActionWrapper"),
+        ({"env": "RandomEndsPairs-v0"}, r"action space is Tuple.*: make it a Box or MultiDiscrete with .*ActionWrapper"),
+        ({"env": "RandomEndsHuge-v0"}, r"1 x 1000000000000 choices, more than a million: .*ActionWrapper"),
+        ({"env": "RandomEndsBinary-v0", "discretize_actions": 3}, "is discrete already: leave out --discretize-actions"),
+        ({"env": "RandomEndsManyChoices-v0", "num_steps": 2**20, "total_timesteps": 2**30}, r"need about .* GB of memory"),
+        ({"env": "OnlyMask-v0"}, "nothing to observe but the action mask"),
+        (
+            {"env": "MaskMethod-v0"},
+            r"has a method action_masks, which is not called: put its result into info\['action_mask'\]",
+        ),
+        *(({"env": f"Masked_{key}-v0"}, f"gives {key}: give its opposite.* as action_mask") for key in INVERSE_KEYS),
         ({"discretize_actions": 3}, "leave out --discretize-actions"),
         ({"env": "Cleaner-v0", "discretize_actions": 7}, "leave out --discretize-actions"),
         ({"env": "RandomEndsWide-v0"}, "more than 1000 values"),

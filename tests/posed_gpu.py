@@ -1,0 +1,198 @@
+"""Runs the --device cuda path of a script where there is no GPU: python posed_gpu.py SCRIPT.py [flags of the script].
+
+A device named "posed" stands in for CUDA. Its tensors hold their values in CPU memory, but as on a GPU there is an error
+where one is mixed with a CPU tensor of one dimension or more, indexed by one, or asked for its numpy array. Pinned memory
+that is sent without waiting and overwritten before the host waits for the device is an error, too. The last line of stdout
+is a JSON object: kind of transfer or wait -> function of the script -> how often.
+"""
+
+import collections
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "posed"
+SCRIPT = str(Path(sys.argv[1]).resolve())
+EVENTS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+PINNED: dict[int, torch.Tensor] = {}  # address -> tensor, which must stay alive so that its address stays its own
+SENT: list[tuple[torch.Tensor, torch.Tensor]] = []  # pinned memory that the device may still read, and what was in it
+# a CPU tensor without dimensions goes to the kernel by value
+TAKES_SCALARS = {"add", "sub", "mul", "div", "pow", "where", "clamp", "minimum", "maximum", "lerp", "fill", "copy"}
+TAKES_SCALARS |= {"lt", "gt", "le", "ge", "eq", "ne"}
+
+
+class Posed(torch.Tensor):
+    """A tensor of the posed device; `held` has its values."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        kind: dict[str, Any] = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device=torch.device(NAME, 0), **kind)
+
+    def __init__(self, inner: torch.Tensor):
+        self.held = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):  # type: ignore[override]
+        return dispatch(f, args, kwargs or {})
+
+    def numpy(self, **options):  # type: ignore[assignment, override]
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    __array__ = numpy  # type: ignore[assignment]
+
+
+def is_posed(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+def inner(x: Any) -> Any:
+    return x.held if isinstance(x, Posed) else x
+
+
+def posed(x: Any) -> Any:
+    return Posed(x) if isinstance(x, torch.Tensor) and not isinstance(x, Posed) else x
+
+
+def is_pinned(x: torch.Tensor) -> bool:
+    return x.untyped_storage().data_ptr() in PINNED
+
+
+def pin(x: torch.Tensor) -> torch.Tensor:
+    if isinstance(x, Posed):
+        raise RuntimeError("only dense CPU tensors can be pinned")
+    pinned = x.clone()
+    PINNED[pinned.untyped_storage().data_ptr()] = pinned
+    return pinned
+
+
+def note(kind: str):
+    """Counts an event. Where the host waits, what it sent before must not have changed meanwhile."""
+    frames = [f for f in traceback.extract_stack() if f.filename == SCRIPT]
+    EVENTS[kind][frames[-1].name if frames else "?"] += 1
+    if "waits" in kind:
+        if any(not torch.equal(now, sent) for now, sent in SENT):
+            raise RuntimeError("pinned memory was overwritten before the device had read it")
+        SENT.clear()
+
+
+def move(x: torch.Tensor, device: Any, changes: dict) -> torch.Tensor:
+    """x.to(device)."""
+    if is_posed(device):
+        if not isinstance(x, Posed):
+            note("to the device" if is_pinned(x) else "to the device, waits")
+        return Posed(inner(x).to(**changes, device="cpu", copy=True))
+    if isinstance(x, Posed):
+        note("to the host, waits")
+    return inner(x).to(**changes, device="cpu", copy=True)
+
+
+def copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+    """to.copy_(source)."""
+    if isinstance(to, Posed) != isinstance(source, Posed):
+        asynchronous = non_blocking and is_pinned(source if isinstance(to, Posed) else to)
+        note(f"to the {'device' if isinstance(to, Posed) else 'host'}{'' if asynchronous else ', waits'}")
+        if asynchronous:
+            SENT.append((source, source.clone()))
+    inner(to).copy_(inner(source))
+    return to
+
+
+def dispatch(f, args: tuple, kwargs: dict) -> Any:
+    name, device = f._schema.name.removeprefix("aten::"), kwargs.get("device")
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    on_device = any(isinstance(x, Posed) for x in tensors)
+
+    def run(**changes):
+        return f(*tree_map(inner, args), **(tree_map(inner, kwargs) | changes))
+
+    if name == "is_pinned":
+        return is_pinned(tensors[0])
+    if name == "_pin_memory":
+        return pin(tensors[0])
+    if name == "_to_copy" and device is not None:
+        return move(tensors[0], device, {k: v for k, v in kwargs.items() if k in ("dtype", "memory_format")})
+    if name == "copy_":
+        return copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
+    if not on_device and not is_posed(device):
+        return run()
+    if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+        note(f"{name}, waits")
+        return run() if name != "nonzero" else posed(run())
+    for x in tensors:
+        if on_device and not isinstance(x, Posed) and (x.dim() > 0 or name.rstrip("_") not in TAKES_SCALARS):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has cuda:0 and cpu")
+    out = run(**({"device": torch.device("cpu")} if device is not None else {}))
+    for argument, x in [*zip(f._schema.arguments, args, strict=False)]:  # in place: the same object
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(x, Posed):
+            return x
+    return tree_map(posed, out)
+
+
+class Dispatch(TorchDispatchMode):
+    """Tensors that are made on the posed device."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return dispatch(f, args, kwargs or {})
+
+
+class Rename(TorchFunctionMode):
+    """cuda in an argument means the posed device."""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        def rename(x: Any) -> Any:
+            name = x if isinstance(x, str) else x.type if isinstance(x, torch.device) else ""
+            return torch.device(NAME, 0) if re.fullmatch(r"cuda(:\d+)?", name) else x
+
+        name, kwargs = getattr(f, "__name__", ""), {key: rename(x) for key, x in (kwargs or {}).items()}
+        if name == "pin_memory":
+            return pin(args[0])
+        if name == "numpy" and isinstance(args[0], Posed):
+            return args[0].numpy()
+        if name == "tolist" and isinstance(args[0], Posed):
+            note("tolist, waits")
+            return args[0].held.tolist()
+        if name in ("as_tensor", "tensor"):
+            device = kwargs.pop("device", None)
+            out = f(*args, **kwargs)
+            return out.to(device) if is_posed(device) else out
+        if name == "__set__" and all(isinstance(x, Posed) for x in args[:2]):
+            args[0].held = args[1].held  # parameter.data = view of theta
+        return f(*(args if name.startswith("__") else map(rename, args)), **kwargs)
+
+
+def pose():
+    """torch as it is with one GPU, which is the posed device."""
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)  # type: ignore[attr-defined]
+    cuda: Any = torch.cuda
+    cuda.is_available, cuda.device_count = lambda: True, lambda: 1
+    cuda.set_device, cuda.get_device_name = lambda device: None, lambda device=None: "posed GPU"
+    save = torch.save
+    torch.save = lambda x, *rest, **options: save(tree_map(inner, x), *rest, **options)
+
+
+def main():
+    spec = importlib.util.spec_from_file_location(Path(SCRIPT).stem, SCRIPT)
+    script: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[Path(SCRIPT).stem] = script
+    spec.loader.exec_module(script)  # type: ignore[union-attr]
+    pose()
+    args, _ = script.parse_args(["--device", "cuda", "--no-compile", *sys.argv[2:]])
+    with Rename(), Dispatch():
+        script.train(args)
+    print(json.dumps(EVENTS))
+
+
+if __name__ == "__main__":
+    main()
