@@ -135,10 +135,11 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "BipedalWalker, 7 bins": ("BipedalWalker-v3", BIPEDAL, SEEDS),
 }
 
+EXACT = "benchmarks/exact.py"  # runs ppo_rlhf.py with another model and flags of its own
 # ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
 FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
 RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
-    "rlhf-exact": {k: ("benchmarks/exact.py", "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
+    "rlhf-exact": {k: (EXACT, "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
     "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
     "rlhf-human": {
         "beta 0.05": ("ppo_rlhf.py", "human", {}),
@@ -176,7 +177,7 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Its evaluations are part of the result."""
-        return self.script in ("ppo_rlhf.py", "benchmarks/exact.py")
+        return self.script in ("ppo_rlhf.py", EXACT)
 
     def options(self) -> list[str]:
         """Its flags as command-line options."""
