@@ -429,6 +429,7 @@ OFF = {
     "rlhf 32": {"score_clip": 0.1},
     "rlhf 33": {"ptx_coef": 1.0},
     "rlhf 35": {"value_warmup": 1},
+    "bfloat16": {"precision": "bfloat16"},
 }
 
 
