@@ -792,16 +792,12 @@ def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: in
 
 
 def set_up_torch(args: Args):
-    """Threads, ranks and device; on a GPU the same bits each time, and all products in TF32 like the convolutions."""
+    """Threads and device; on a GPU the same bits each time, and all products in TF32 like the convolutions."""
     torch.set_num_threads(args.num_threads)
     if args.device != "cpu":
         torch.cuda.set_device(args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision("high")
-    if args.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    if args.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # rank 0 reports
 
 
 def describe_device(args: Args) -> str:
@@ -1223,6 +1219,13 @@ class Run:
 
 class RunOfRanks(Run):
     """The run under torchrun: rank 0 writes and decides, the others follow."""
+
+    def __init__(self, args: Args):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 reports
+        super().__init__(args)
 
     def lock(self):
         if self.args.rank == 0:

@@ -14,9 +14,8 @@ import torch
 from helpers import read_checkpoint
 
 CONTINUOUS, SHARED, ATARI = "ppo_continuous", "ppo_shared_params", "ppo_atari"
-SHORT = (
-    "--num-steps 16 --num-minibatches 2 --update-epochs 1 --total-timesteps 256 --eval-episodes 0 --no-compile --run-dir run"
-)
+SHORT = "--num-steps 16 --num-minibatches 2 --update-epochs 1 --total-timesteps 256 --eval-episodes 0 --no-compile"
+SHORT += " --num-threads 1 --run-dir run"
 BOTH = "--env-id {} --seed 1 --cuda False --track"  # what benchmark.py makes of its --env-ids and --command
 NEW = "--env_id {} --seed 1 --no_cuda --track"
 
