@@ -873,7 +873,8 @@ def begin_value(agent: Agent, models: "Models", runner: Runner):
 
 def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 scores), ..."""
-    set_up_ranks(args)
+    if args.device == "cuda":  # under torchrun each rank has a GPU of its own
+        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     run = RunOfRanks(args) if args.world_size > 1 else Run(args)
     models = load_models(args)
     runner = Runner(args, models)
@@ -1449,16 +1450,6 @@ def check_bounds(args: Any):
                 raise UsageError(f"{name} is {value}: it must {words}")
 
 
-def set_up_ranks(args: Args):
-    """Joins the processes that torchrun started, each with its own GPU if there are any."""
-    if args.device == "cuda":
-        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    if args.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    if args.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # rank 0 reports
-
-
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """Checkpoint of a file or run directory, and its file. Loads tensors and plain values only, no code."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -1748,6 +1739,13 @@ class Run:
 
 class RunOfRanks(Run):
     """The run under torchrun: rank 0 writes and decides, the others follow."""
+
+    def __init__(self, args: Args):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 reports
+        super().__init__(args)
 
     def lock(self):
         if self.args.rank == 0:

@@ -12,6 +12,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,10 @@ def measure(runner: Runner, agent: Agent) -> tuple[dict[str, float], list]:
 
 
 def main(words: list[str]):
-    ppo_rlhf.load_models, ppo_rlhf.make_score, ppo_rlhf.make_vader = make_models, make_score, lambda: None
-    ppo_rlhf.Runner.evaluate = measure
+    replaced: dict[str, Any] = {"load_models": make_models, "make_score": make_score, "make_vader": lambda: None}
+    for name, replacement in replaced.items():
+        setattr(ppo_rlhf, name, replacement)
+    setattr(ppo_rlhf.Runner, "evaluate", measure)  # noqa: B010
     sys.argv[1:] = [*FLAGS, *words]
     ppo_rlhf.main()
 
