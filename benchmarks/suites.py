@@ -264,8 +264,8 @@ def make_suite(name: str) -> list[Run]:
         ]
     if name in RLHF:
         seeds = FIVE if name == "rlhf-exact" else SEEDS
-        own = RLHF[name].items()
-        return [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in own]
+        planned = RLHF[name].items()
+        return [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in planned]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":
