@@ -1273,6 +1273,8 @@ class Pretrained(nn.Module):
         self.lm, self.eos = lm.eval(), eos  # no dropout, here neither [rlhf 22]
         self.vocabulary, self.width = lm.get_output_embeddings().weight.shape
         self.context = lm.config.max_position_embeddings
+        known = inspect.signature(lm.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
 
     def make_cache(self, rows: int, length: int) -> Any:
         return import_transformers().DynamicCache()
@@ -1282,7 +1284,7 @@ class Pretrained(nn.Module):
 
     def hidden(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
-        options = {"position_ids": positions, "past_key_values": cache, "use_cache": cache is not None}
+        options = {"position_ids": positions, self.cache_name: cache, "use_cache": cache is not None}
         return self.lm.base_model(input_ids=tokens, attention_mask=mask.long(), **options).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
