@@ -1,7 +1,9 @@
 """ppo_atari.py: details 14-22, resets, scores, data parallel training, resume, evaluation, bad input."""
 
 import datetime
+import importlib
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -340,6 +342,40 @@ def test_act_samples_the_policy_and_agrees_with_forward():
         assert agent.act(torch.zeros(1, 1), torch.ones(1, 3)).action == probabilities.argmax()
 
 
+@pytest.mark.parametrize(
+    ("where", "edited", "stops"),
+    [
+        ("logits=self.policy(hidden), validate_args", "logits=1.1 * self.policy(hidden), validate_args", True),
+        ("entropy(), self.value(hidden))", "entropy(), self.value(hidden) + 1)", True),
+        (
+            "        hidden = self.hidden(obs)\n        logprobs",
+            "        hidden = self.hidden(obs).tanh()\n        logprobs",
+            True,
+        ),
+        ("return self.linear(features).relu().float()", "return self.linear(features).tanh().float()", False),
+        ("layer_init(nn.Linear(64 * 7 * 7, 512)", "layer_init(nn.Linear(64 * 7 * 7, 256)", None),  # and the heads
+    ],
+)
+def test_an_edit_trains_the_policy_that_acts_or_stops_before_the_run(monkeypatch, where, edited, stops):
+    text = SCRIPT.read_text()
+    assert text.count(where) == 1
+    text = text.replace(where, edited)
+    Path("edited_atari.py").write_text(text if stops is not None else text.replace("nn.Linear(512,", "nn.Linear(256,"))
+    monkeypatch.syspath_prepend(".")
+    sys.modules.pop("edited_atari", None)
+    script: Any = importlib.import_module("edited_atari")
+    args = script.Args(**TINY | {"run_dir": "run", "total_timesteps": 16, "num_minibatches": 1})
+    if stops:
+        with pytest.raises(script.UsageError, match=r"change Agent\.hidden, Agent\.policy or Agent\.value"):
+            script.train(args)
+        assert not Path("run").exists()
+    else:
+        script.train(args)
+        first = read_metrics("run")[0]
+        assert abs(first["losses/old_approx_kl"]) < 1e-6  # the ratio is 1 in the first minibatch
+        assert first["losses/clipfrac"] == 0
+
+
 def test_bfloat16_is_near_float32():
     torch.manual_seed(0)
     agent, half = Agent(4, 6, weight_init="torch"), Agent(4, 6, precision="bfloat16")
@@ -526,7 +562,10 @@ def run_rank(rank: int, port: int, directory: str):
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     half = Batch(*(x[4 * rank : 4 * rank + 4] for x in uneven_batch()))
     gradient = average_gradient(gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half), half.valid)
-    record = record_run(pytest.MonkeyPatch(), total_timesteps=2 * 32, update_epochs=4, target_kl=TARGET_KL, **PARALLEL)
+    # a checkpoint after every iteration, by the clock of rank 0, which decides for both
+    clock: dict[str, Any] = {"checkpoint_every": 100, "checkpoint_minutes": 1e-9, "eval_episodes": 1}
+    changes: dict[str, Any] = {"total_timesteps": 2 * 32, "update_epochs": 4, "target_kl": TARGET_KL}
+    record = record_run(pytest.MonkeyPatch(), **changes, **clock, **PARALLEL)
     theta = nn.utils.parameters_to_vector(record.agent.parameters()).detach()
     saved = {"gradient": gradient, "theta": theta, "batch": list(record.batches[0]), "kls": record.kls}
     torch.save(saved, f"rank{rank}.pt")
@@ -570,8 +609,18 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
     assert goes_on.mean() < TARGET_KL < goes_on.sum()
     assert max(stops.min(), stops.max() / 2) < TARGET_KL < stops.mean()  # the rank with the smaller KL would go on
 
+    assert len(json.loads(Path("run/evaluation.json").read_text())["returns"]) == 1
+
     with pytest.raises(UsageError, match=r"the run has 2 rank\(s\), not 1"):
         ppo_atari.train(tiny_args("run", resume="run", total_timesteps=64))
+
+
+def test_ranks_are_resumed_by_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    told = ppo_atari.RunOfRanks(tiny_args("a b", total_timesteps=32)).how_to_go_on(0)
+    assert "go on from step 0 with: torchrun --nproc-per-node 2 " in told
+    assert told.endswith("--resume 'a b'")
 
 
 # whole runs
@@ -682,6 +731,47 @@ def test_evaluation_plays_whole_games_and_repeats_itself():
     assert ppo_atari.evaluate(whole, checkpoint) != first
 
 
+def test_evaluation_makes_at_most_num_envs_games_at_a_time_and_cuts_them_off(monkeypatch, capsys):
+    ppo_atari.train(tiny_args(total_timesteps=16))
+    make, made = ppo_atari.make_envs, []
+
+    def recorded(args, seeds, render=False):
+        made.append(seeds)
+        return make(args, seeds, render)
+
+    monkeypatch.setattr(ppo_atari, "make_envs", recorded)
+    result = ppo_atari.evaluate(tiny_args(eval_episodes=5, eval_steps=7, max_episode_steps=2**31 - 1), read_checkpoint("run"))
+    assert [len(seeds) for seeds in made] == [2, 2, 1]
+    assert len({seed for seeds in made for seed in seeds}) == 5
+    assert result["lengths"] == [7] * 5
+    assert "2 evaluation episode(s) cut off after --eval-steps 7" in capsys.readouterr().err
+
+
+def test_load_policy_plays_as_the_evaluation_does():
+    ppo_atari.train(tiny_args(total_timesteps=16))
+    policy, sampled = ppo_atari.load_policy("run"), ppo_atari.load_policy("run", np.random.default_rng(0))
+    agent, frames = Agent(4, 4), random_frames(64)
+    agent.load(read_checkpoint("run")["theta"])
+    with torch.no_grad():
+        likeliest = agent.policy(agent.hidden(to_blocks(frames))).argmax(1).numpy()
+    np.testing.assert_array_equal(policy(frames), likeliest)
+    assert len(set(sampled(frames))) == 4  # the policy is still nearly uniform
+
+
+def test_what_is_said_of_the_cpu(monkeypatch, command_line):
+    for flags, words in (
+        ({"amx_bf16": True, "avx512_bf16": True}, "AMX, with which"),
+        ({"avx512_bf16": True}, "avx512_bf16, with which"),
+        ({}, "no instructions for bfloat16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert words in ppo_atari.describe_cpu()
+    code, _, err = command_line(*tiny_flags(total_timesteps=16))
+    assert code == 0
+    assert "1 rank(s); this CPU has " in err
+    assert "no instructions for bfloat16" in err
+
+
 @pytest.mark.parametrize(("scale_obs", "seed"), [(True, 10), (False, 10)])
 def test_evaluation_against_playing_by_hand(scale_obs, seed):
     """The likeliest actions of a random network in Space Invaders; with these seeds it does not do the same all the time."""
@@ -732,6 +822,11 @@ def test_names_of_games():
         (["--noop-max", 0], "noop_max is 0: it must be at least 1"),
         (["--stack-num", 0], "stack_num is 0: it must be at least 1"),
         (["--frame-skip", 0], "frame_skip is 0: it must be at least 1"),
+        (["--noop-max", 2**31], "noop_max is 2147483648: it must be at most 10000"),
+        (["--frame-skip", 10**5], "frame_skip is 100000: it must be at most 10000"),
+        (["--max-episode-steps", 2**31], "max_episode_steps is 2147483648: it must be at most 2147483647"),
+        (["--stack-num", 10**4, "--num-steps", 8192, "--total-timesteps", 16384], "num_steps = 8192 need about"),
+        (["--num-steps", 10**7, "--total-timesteps", 10**8], "num_steps = 10000000 need about"),
         (["--repeat-action-probability", 1.5], "repeat_action_probability is 1.5: it must lie between 0 and 1"),
         (["--total-timesteps", 15], "less than one rollout of num_envs * num_steps * ranks = 16"),
         (["--device", "gpu"], "device is gpu: use auto, cpu, cuda or cuda:1"),

@@ -31,6 +31,8 @@ from ppo_shared_params import (
     Spaces,
     UsageError,
     action_components,
+    choose,
+    draw_noise,
     evaluate,
     load_policy,
     make_policy,
@@ -348,6 +350,23 @@ def test_samples_follow_the_policy(trace):
     error = (probabilities * (1 - probabilities)).sum(0).sqrt()
     assert ((chosen - probabilities).sum(0).abs() <= 4 * error).all()
     assert (probabilities.mean(0)[0] - 0.5).abs().max() > 0.01  # the update has moved the policy
+
+
+def test_samples_follow_a_policy_that_is_far_from_uniform():
+    """Frequencies within four standard errors, with and without a mask."""
+    torch.manual_seed(0)
+    logits, n = np.array([[[0.0, 3.0, -1.0, 1.0], [2.0, 2.0, -4.0, 0.0]]], np.float32), 20_000
+    mask = np.array([[[True, False, True, True], [True, True, True, False]]])
+    for masks in (None, mask):
+        chosen = choose((logits.repeat(n, axis=0),), masks, draw_noise(1, n, (2, 4))[0])
+        allowed = torch.tensor(logits[0]).masked_fill(
+            ~torch.tensor(mask[0] if masks is not None else mask[0] | True), -torch.inf
+        )
+        for component, expected in enumerate(allowed.softmax(1).double().numpy()):
+            frequencies = np.bincount(chosen[:, component], minlength=4) / n
+            assert (np.abs(frequencies - expected) <= 4 * np.sqrt(expected * (1 - expected) / n)).all()
+    assert choose((logits,), None, 0).tolist() == [[1, 0]]
+    assert choose((logits,), mask, 0).tolist() == [[3, 0]]
 
 
 # Gaussian policy
