@@ -143,7 +143,7 @@ def accepts(script: str, words: list[str]) -> bool:
     if len(words) > 1:
         try:
             tyro.cli(SCRIPTS[script].Args, args=words)
-        except SystemExit:
+        except (SystemExit, SCRIPTS[script].UsageError):
             return False
     return True
 
