@@ -530,6 +530,8 @@ class Runner:
         if args.norm_obs == "step":
             self.obs_rms.update(self.raw_obs[-1])
         self.obs[-1], self.valid[-1] = normalize_obs(self.raw_obs[-1], self.obs_rms, args), True
+        where = f"at the start of iteration {iteration}"
+        check_finite(f"{args.env} returned", where, observation=self.raw_obs[-1], normalized_observation=self.obs[-1])
         self.discounted_return, self.episode_return = np.zeros(N), np.zeros(N)
         self.episode_length = np.zeros(N, dtype=int)
 
@@ -539,7 +541,7 @@ class Runner:
         raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
         raw_obs[0], obs[0], self.valid[0] = raw_obs[T], obs[T], self.valid[T]
         step_envs, policy, space = make_step(self.envs), numpy_policy(agent), self.spaces.observation
-        box = self.spaces.action
+        box, what, where = self.spaces.action, f"{args.env} returned", f"in iteration {iteration}"
         low, high, shape = box.low.flatten(), box.high.flatten(), (N, *box.shape)
         noise = torch.randn(actions.shape).numpy()
         for t in range(T):  # [detail 01]
@@ -554,13 +556,9 @@ class Runner:
             if args.norm_obs == "step":
                 self.obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
-            if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):
-                break
-        where = f"in iteration {iteration}"
-        check_finite(
-            f"{args.env} returned", f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1]
-        )
-        check_finite(f"{args.env} returned", f"{where}, step {t}", reward=rewards[t])
+            if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):  # finite ones may have an infinite sum
+                check_finite(what, f"{where}, step {t}", reward=rewards[t])
+                check_finite(what, f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1])
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
         rewards[~self.valid[:T]] = 0  # what an environment returns for a reset is no reward
         # as in baselines of 2017, once per rollout: the actions came from the previous statistics, the update and its old
@@ -569,7 +567,7 @@ class Runner:
             self.obs_rms.update(raw_obs[:T].reshape(T * N, -1))
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
-        check_finite(f"{args.env} returned", where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        check_finite(what, where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
         return Rollout(obs, actions, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
@@ -1149,7 +1147,8 @@ class Run:
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {episodic_return:.1f}")
         total, now = self.args.num_iterations * self.args.batch_size, time.perf_counter()
-        if self.bar.disable and (now - self.told_time > 30 or step == total):
+        due = now - self.told_time > 30 and step > self.warm_step  # the first iteration compiles: no speed yet
+        if self.bar.disable and (due or step == total):
             self.told_time, rate = now, self.steps_per_second(step) or (step - self.first_step) / (now - self.start_time)
             left = tqdm.tqdm.format_interval((total - step) / rate)
             done = f"{step:,} of {total:,} steps ({step / total:.0%})"
@@ -1289,7 +1288,7 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None):
     The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
     """
     checkpoint, file = load_checkpoint(path)
-    args = load_args(checkpoint, file)
+    args = load_args(checkpoint, file, device="cpu")
     envs, *_ = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()

@@ -1499,7 +1499,8 @@ class Run:
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {episodic_return:.1f}")
         total, now = self.args.num_iterations * self.args.batch_size, time.perf_counter()
-        if self.bar.disable and (now - self.told_time > 30 or step == total):
+        due = now - self.told_time > 30 and step > self.warm_step  # the first iteration compiles: no speed yet
+        if self.bar.disable and (due or step == total):
             self.told_time, rate = now, self.steps_per_second(step) or (step - self.first_step) / (now - self.start_time)
             left = tqdm.tqdm.format_interval((total - step) / rate)
             done = f"{step:,} of {total:,} steps ({step / total:.0%})"
@@ -1652,7 +1653,7 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None):
     The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
     """
     checkpoint, file = load_checkpoint(path)
-    args = load_args(checkpoint, file)
+    args = load_args(checkpoint, file, device="cpu")
     envs, *_ = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()

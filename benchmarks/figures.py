@@ -85,7 +85,7 @@ def draw_kl(data: dict, plt):
     for axis, (env, by_seed) in zip(axes.flat, data.items(), strict=True):
         axis.axhspan(KL_TARGET / 3, 3 * KL_TARGET, color="#dddddd", lw=0, label="factor 3 around the target")
         axis.axhline(KL_TARGET, color="black", lw=0.8, ls=":")
-        for (seed, points), (color, line, _, _) in zip(by_seed.items(), STYLES * 9, strict=False):
+        for (seed, points), (color, line, _) in zip(by_seed.items(), STYLES * 9, strict=False):
             steps, kls = zip(*points, strict=True)
             axis.plot(np.array(steps) / 1e6, kls, line, color=color, label=f"seed {seed}")
         tenth = max(step for points in by_seed.values() for step, _ in points) / 1e7

@@ -9,6 +9,7 @@ A path is a run directory, a result file (*.jsonl.gz), or a folder that holds so
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,14 @@ import pandas as pd
 import stats
 from results import RunnerError, is_stopped_early, read_result, settings_of, summarize
 
-# The look of every plot in this repository: color, line, marker, face of the marker.
+# The look of every plot in this repository: color, line, marker.
 STYLES = (
-    ("black", "-", "o", "black"),
-    ("#c0392b", "--", "s", "white"),
-    ("#7f8c8d", "-.", "^", "#7f8c8d"),
-    ("#2471a3", ":", "D", "white"),
-    ("#b9770e", "-", "v", "#b9770e"),
-    ("#1e8449", "--", "P", "white"),
+    ("black", "-", "o"),
+    ("#c0392b", "--", "s"),
+    ("#7f8c8d", "-.", "^"),
+    ("#2471a3", ":", "D"),
+    ("#b9770e", "-", "v"),
+    ("#1e8449", "--", "P"),
 )
 LOOK: Any = {  # of matplotlib
     **{"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7},
@@ -87,7 +88,10 @@ def draw_curves(data: dict, plt):
     for axis, (env, settings) in zip(axes.flat, data.items(), strict=False):
         for label, curve in settings.items():
             i = labels.index(label)
-            color, line, marker, face = STYLES[i % len(STYLES)]
+            color, line, marker = STYLES[i % len(STYLES)]
+            if i >= len(STYLES):  # the colors again, each with another line and marker
+                _, line, marker = STYLES[(i + i // len(STYLES)) % len(STYLES)]
+            face = "white" if marker in "sDP" else color
             steps = np.array(curve["steps"]) / unit
             every = max(len(steps) // 8, 1)
             look: dict[str, Any] = {"color": color, "marker": marker, "mfc": face, "markevery": (i * every // 3, every)}
@@ -156,8 +160,13 @@ def read_runs(files: list[Path]) -> pd.DataFrame:
 
 
 def value_order(values: tuple) -> list:
-    """Sorting key: numbers by size, then words."""
-    return [(0, float(v), "") if isinstance(v, int | float) else (1, 0.0, str(v)) for v in values]
+    """Sorting key: numbers by size, then words, with the numbers in them by size."""
+    return [(0, v, []) if isinstance(v, int | float) else (1, 0, word_parts(str(v))) for v in values]
+
+
+def word_parts(text: str) -> list:
+    """Text and numbers in turn: "fixed KL 10" -> ["fixed KL ", 10.0, ""]"""
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))]
 
 
 def name_settings(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -206,8 +215,8 @@ def difference_table(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 continue
             y = scores[baseline]
             cells = [number(v) for v in stats.difference_interval(x, y)] if min(len(x), len(y)) > 1 else ["", ""]
-            rows.append([env, f"{label} minus {baseline}", f"{len(x)} and {len(y)}", number(x.mean() - y.mean()), *cells])
-    return pd.DataFrame(rows, columns=["task", "difference", "n", "mean", "low", "high"])
+            rows.append([env, label, f"{len(x)} and {len(y)}", number(x.mean() - y.mean()), *cells])
+    return pd.DataFrame(rows, columns=["task", "setting", "n", "difference", "low", "high"])
 
 
 def main(argv: list[str]) -> int:
@@ -225,16 +234,16 @@ def main(argv: list[str]) -> int:
         if options.baseline and options.baseline not in labels:
             raise RunnerError(f"there is no setting {options.baseline}; settings: {'; '.join(labels)}")
         baseline = options.baseline or labels[0]
-        print(final_table(runs).to_string(index=False))
-        if len(labels) > 1:
-            print("\n" + difference_table(runs, baseline).to_string(index=False))
-        if (counts := runs.groupby(["env", "label"], observed=True).size()).min() < 5:
-            print(f"\nthe smallest n is {counts.min()}: below 5 intervals are too narrow (benchmarks/README.md, Protocol)")
         data: dict = {}
         for (env, label), group in runs.groupby(["env", "label"], observed=True):
             data.setdefault(env, {})[label] = band(list(group["curve"]))
         draw_curves(data, pyplot()).savefig(options.out, dpi=150)
-        print(f"\n{len(runs)} runs -> {options.out}")
+        print(final_table(runs).to_string(index=False))
+        if len(labels) > 1:
+            print(f"\neach setting minus {baseline}\n" + difference_table(runs, baseline).to_string(index=False))
+        if (counts := runs.groupby(["env", "label"], observed=True).size()).min() < 5:
+            print(f"\nthe smallest n is {counts.min()}: below 5 intervals are too narrow (benchmarks/README.md, Protocol)")
+        print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} -> {options.out}")
     except (RunnerError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

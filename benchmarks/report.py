@@ -9,6 +9,7 @@ was not run stays empty. Intervals are 95% stratified bootstrap intervals over s
 
 import argparse
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -192,20 +193,22 @@ def table_levels(r: Results) -> str:
 
 def table_distance(r: Results) -> str:
     """Root mean square distance from the paper's eleven scores, by configuration, zero point and reading of "best"."""
-    paper, rows = {row["setting"]: float(row["score"]) for row in r.csv("table1.csv")}, []
+    paper = {row["setting"]: float(row["score"]) for row in r.csv("table1.csv")}
+    rows, found = [], {}
     for suite, name in CONFIGURATIONS.items():
-        for zero, best in (("uniform", "run"), ("uniform", "setting"), ("initial", "run"), ("initial", "setting")):
-            scores = table1_scores(r, suite, best, zero)
-            cells = [""] * 4
+        for zero, best in itertools.product(("uniform", "initial"), ("run", "setting")):
+            scores, cells = table1_scores(r, suite, best, zero), [""] * 4
             if scores:
-                off = {s: float(stats.mean(x)) - paper[s] for s, x in scores.items()}
-                ten = [x for s, x in off.items() if s != NO_CLIPPING]
+                off = pd.Series({s: float(stats.mean(x)) - paper[s] for s, x in scores.items()})
+                rms, others = (float((x**2).mean() ** 0.5) for x in (off, off.drop(NO_CLIPPING)))
+                found[f"{name}, {zero} policy 0, best {best} 1"] = rms
                 row = scores[NO_CLIPPING]
-                cells = [f"{np.sqrt(np.mean(np.square(list(x)))):.2f}" for x in (off.values(), ten)]
-                cells += [with_interval(row), str(len(row))]
+                cells = [f"{rms:.2f}", f"{others:.2f}", with_interval(row), str(len(row))]
             rows.append([name, zero, f"best {best}", *cells])
     head = ["configuration", "0 is the policy", "1 is the", "distance, eleven rows", "without the first row"]
-    return markdown([*head, f"{NO_CLIPPING} (paper: -0.39)", "seeds"], rows)
+    nearest = min(found, key=found.__getitem__, default="")
+    text = f"\nNearest over the eleven rows: {nearest} ({found[nearest]:.2f}).\n" if found else ""
+    return markdown([*head, f"{NO_CLIPPING} (paper: -0.39)", "seeds"], rows) + text
 
 
 def table_collapse(r: Results) -> str:
@@ -256,6 +259,26 @@ def table_discrete(r: Results) -> str:
         rows.append([setting, env, r.cell(*key), r.cell(*key, "return_over_training"), seeds_text(r.seeds(*key)), steps, given])
     head = ["setting", "task", "return, last 100 episodes", "return, all episodes", "seeds", "steps", "flags"]
     return markdown(head, rows) + r.footer("discrete")
+
+
+def table_dm_control(r: Results) -> str:
+    rows = []
+    for env in suites.DM_CONTROL:
+        key = ("dm_control", "default", env)
+        rows.append([env, r.cell(*key), seeds_text(r.seeds(*key))])
+    return markdown(["task", "return, last 100 episodes", "seeds"], rows) + r.footer("dm_control")
+
+
+def table_shared_mujoco(r: Results) -> str:
+    """Both from ppo_shared_params.py."""
+    rows = []
+    for env in suites.DETAILS_TASKS:
+        shared, separate = (r.scores("shared-mujoco", setting, env) for setting in suites.SHARED_MUJOCO)
+        cells = [with_interval(x) if len(x) else "" for x in (shared, separate)]
+        gap = difference(shared, separate) if len(shared) and len(separate) else ""
+        rows.append([f"{env}-v4", *cells, gap, f"{len(shared)} and {len(separate)}"])
+    head = ["task", "shared", "separate", "shared minus separate [95% interval]", "runs"]
+    return markdown(head, rows) + r.footer("shared-mujoco")
 
 
 def detail_scores(r: Results, envs) -> dict[str, np.ndarray]:
@@ -356,15 +379,12 @@ def table_measured(r: Results) -> str:
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO with tuned settings minus PPO: ")
-        lines[-1] += ", ".join(
-            f"{env} {difference(*xy)}, {len(xy[0])} against {len(xy[1])} runs" for env, xy in known.items() if told[env]
-        )
-        lines[-1] += (
-            f"; on {' and '.join(env for env in known if not told[env])} not told apart." if not all(told.values()) else "."
-        )
+        lines.append("TRPO, tuned, minus PPO: ")
+        clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
+        open_ = [env for env in known if not told[env]]
+        lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
     if cell := r.cell("atari-short", LARGER, "Breakout"):
-        lines.append(f"Breakout after 1M steps on a CPU, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
+        lines.append(f"Breakout, 1M steps, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -40,7 +40,7 @@ MUJOCO: dict[str, list[str]] = {
 DEFAULTS: dict[str, dict[str, list[str]]] = {
     "ppo_continuous.py": MUJOCO | {"--num-envs": ["1"]},
     "ppo_kl_penalty.py": MUJOCO | {"--num-envs": ["1"]},
-    "ppo_shared_params.py": {"--num-envs": ["4"], "--num-steps": ["64"], "--eval-episodes": ["0"]},
+    "ppo_shared_params.py": {"--num-envs": ["4"], "--num-steps": ["64"], "--eval-episodes": ["0"], "--eval-deterministic": []},
     "ppo_atari.py": {"--num-envs": ["2"], "--num-steps": ["16"], "--num-threads": ["1"], "--eval-episodes": ["0"]},
 }
 COMPILED = ["", "--num-envs 8 --num-steps 64"]

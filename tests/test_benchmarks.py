@@ -801,6 +801,7 @@ def test_distance_from_the_paper(tmp_path):
     text = report.table_distance(report.Results(tmp_path))
     assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
     assert "| as printed | initial | best setting |  |  |  |  |" in text
+    assert f"Nearest over the eleven rows: as printed, uniform policy 0, best run 1 ({rms[0]})." in text
     fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
     text = report.table_distance(report.Results(tmp_path))
     assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
@@ -824,7 +825,7 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
         "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3 shows 3000 to 3460.",
         "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
-        "3 against 10 runs; on Swimmer not told apart.",
+        " (n 3, 10); not known on Swimmer.",
         "30.0 [30.0, 30.0], 3 seeds.",
     ):
         assert part in text
@@ -930,13 +931,16 @@ def test_plot_of_a_sweep_of_two_settings(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "Hopper clip_coef=0.1 3 300 200 400 1,000" in out
     assert "Hopper clip_coef=0.2 3 400 300 500 1,000" in out
-    low, high = map(float, re.findall(r"Reacher clip_coef=0.2 minus clip_coef=0.1 3 and 3 100 (\S+) (\S+)", out)[0])
+    low, high = map(
+        float, re.findall(r"each setting minus clip_coef=0.1 .*Reacher clip_coef=0.2 3 and 3 100 (\S+) (\S+)", out)[0]
+    )
     assert -100 <= low < 100 < high <= 300
     svg = (tmp_path / "a.svg").read_text()
     assert "Hopper (3 seeds)" in svg
     assert "clip_coef=0.2" in svg
     assert plot.main([*paths, "--baseline", "clip_coef=0.2", "--out", str(tmp_path / "a.png")]) == 0
-    assert "Hopper clip_coef=0.1 minus clip_coef=0.2" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "each setting minus clip_coef=0.2 task setting n difference low high Hopper clip_coef=0.1 3 and 3 -100" in out
 
 
 def test_plot_of_stored_results_and_of_runs_of_different_length(tmp_path, capsys):

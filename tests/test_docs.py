@@ -66,10 +66,16 @@ def named(command: Command) -> str:
 
 def parse_benchmark(command: Command, monkeypatch):
     """Runs a script of benchmarks/ up to its parsed arguments. Packages that only a real run needs may be missing."""
-    original = argparse.ArgumentParser.parse_args
+    parsers = {name: getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
 
     def parse_args(self, args=None, namespace=None):
-        raise Parsed(self, original(self, args, namespace))
+        with monkeypatch.context() as patch:  # it calls parse_known_args itself
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parsers["parse_known_args"])
+            raise Parsed(self, parsers["parse_args"](self, args, namespace))
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, _ = parsers["parse_known_args"](self, args, namespace)
+        raise Parsed(self, known)
 
     class Missing(types.ModuleType):
         __path__: list[str] = []  # noqa: RUF012
@@ -80,6 +86,7 @@ def parse_benchmark(command: Command, monkeypatch):
             return type(name, (), {})
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", [command.script, *command.words])
     for _ in range(20):
@@ -158,6 +165,24 @@ def test_flags_in_documents_exist(document, capsys):
         linked = [script for script in SCRIPTS if script in line] or list(SCRIPTS)
         for words in flag_spans(line):
             assert any(accepts(script, words) for script in linked), f"{document}: {' '.join(words)} in: {line[:100]}"
+
+
+def anchor(heading: str) -> str:
+    """The name that a heading gets in a link."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS[:4], "CONTRIBUTING.md", "benchmarks/LOG.md", "benchmarks/reference/README.md"])
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        name, _, place = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), f"{document}: {link}"
+        if place and target.suffix == ".md":
+            headings = [anchor(heading) for heading in re.findall(r"^#+ (.*)$", target.read_text(), re.M)]
+            assert place in headings, f"{document}: {link}"
 
 
 def without(words: list[str], flags: set[str]) -> list[str]:

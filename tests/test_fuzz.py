@@ -350,21 +350,17 @@ def rewrite(run: Path, change: Callable[[dict], Any]):
 
 
 def drop_key(rng, run: Path, script: str):
-    needed = [
-        "theta",
-        "adam",
-        "iteration",
-        "global_step",
-        "recent_returns",
-        "log_sizes",
-        "args",
-        "kind",
-        "obs_rms",
-        "return_rms",
-    ]
+    def change(checkpoint):
+        del checkpoint[rng.choice(list(checkpoint))]
+
+    rewrite(run, change)
+
+
+def drop_needed_key(rng, run: Path, script: str):
+    """One that an evaluation needs, too."""
 
     def change(checkpoint):
-        del checkpoint[rng.choice([key for key in needed if key in checkpoint])]
+        del checkpoint[rng.choice(["theta", "args", "kind"])]
 
     rewrite(run, change)
 
@@ -433,7 +429,10 @@ def spoil_setting(rng, run: Path, script: str):
 
 
 def drop_setting(rng, run: Path, script: str):
-    rewrite(run, lambda checkpoint: checkpoint["args"].pop(rng.choice(list(checkpoint["args"]))) and None)
+    def change(checkpoint):
+        del checkpoint["args"][rng.choice(list(checkpoint["args"]))]
+
+    rewrite(run, change)
 
 
 def more_setting(rng, run: Path, script: str):
@@ -554,7 +553,8 @@ def stranger(rng, run: Path, script: str):
 
 
 DAMAGES: dict[str, tuple[Callable, bool]] = {
-    "key dropped": (drop_key, True),
+    "key dropped": (drop_key, False),
+    "needed key dropped": (drop_needed_key, True),
     "key spoilt": (spoil_key, False),
     "resized": (resize, True),
     "expanded": (expand, True),
