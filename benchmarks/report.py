@@ -388,6 +388,37 @@ def table_measured(r: Results) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def measured(r: Results, suite: str, setting: str, env: str, measure: str) -> list[tuple[float, float]]:
+    """A measure of the evaluations of ppo_rlhf.py before and after the training, by ascending seed."""
+    curves = [run["evaluations"] for run in r.groups[suite, setting, env]["curve"]]
+    return [(evaluations[0][measure], evaluations[-1][measure]) for evaluations in curves]
+
+
+def table_rlhf_exact(r: Results) -> str:
+    rows = []
+    for setting, (_, env, _) in suites.RLHF["rlhf-exact"].items():
+        for i, seed in enumerate(r.seeds("rlhf-exact", setting, env)):
+            (before, after), (_, best) = (measured(r, "rlhf-exact", setting, env, x)[i] for x in ("objective", "optimum"))
+            row = [f"{x:.3f}" for x in (before, after, best)]
+            rows.append([setting, str(seed), *row, f"{(after - before) / (best - before):.3f}"])
+    head = ["penalty in the reward", "seed", "J of the reference", "J reached", "best J", "share of the way"]
+    return markdown(head, rows) + r.footer("rlhf-exact")
+
+
+def table_rlhf(r: Results) -> str:
+    rows, footers = [], ""
+    measures = ("score", "vader", "kl", "reference_nll", "ended", "length", "distinct_2")
+    for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
+        for setting, (_, env, _) in suites.RLHF[suite].items():
+            seeds = r.seeds(suite, setting, env)
+            means = [np.mean(measured(r, suite, setting, env, x), axis=0) for x in measures] if seeds else []
+            cells = [f"{before:.2f} -> {after:.2f}" for before, after in means] or [""] * len(measures)
+            rows.append([f"{suite}, {setting}", *cells, seeds_text(seeds)])
+        footers += r.footer(suite) if len(r.of(suite)) else ""
+    head = ["suite, setting", "score", "VADER", "KL", "reference nats", "ended", "length", "distinct pairs", "seeds"]
+    return markdown(head, rows) + footers
+
+
 def table_random(r: Results) -> str:
     rows = []
     for env in suites.MUJOCO:

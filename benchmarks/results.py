@@ -80,6 +80,9 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
             since = last_step * (k - 1) // CURVE_POINTS
             kls = [r["losses/kl"] for r in iterations if since < r["global_step"] <= step]
             curve["kl"].append(round(statistics.fmean(kls), 6) if kls else None)
+    measured = run_dir / "evaluations.jsonl"  # of ppo_rlhf.py: KL, an independent measure, ... in the course of training
+    if measured.is_file():
+        curve["evaluations"] = read_jsonl(measured)
     return [
         {
             "suite": suite,
@@ -169,14 +172,14 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
     if planned is None:
         raise RunnerError(f"the suite {suite} has no run {name}")
     expected = planned.flags
-    if not planned.peer:
+    if not planned.peer and planned.script != suites.EXACT:
         import tyro
 
         script = suites.load_script(Path(planned.script).stem)
         args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
         expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
     other = differing(expected, header["args"])
-    if other or header["script"] != Path(planned.script).name:
+    if other or header["script"] != ("ppo_rlhf.py" if planned.script == suites.EXACT else Path(planned.script).name):
         text = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
         raise RunnerError(f"{name} of the suite {suite} has other settings: {text}")
     return planned

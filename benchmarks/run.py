@@ -91,7 +91,7 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
     if (run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(run_dir), *own], run_dir
     shutil.rmtree(run_dir, ignore_errors=True)  # cut before its first checkpoint, or without any
-    own += [] if run.peer else ["--eval-episodes", "0"]
+    own += [] if run.peer or run.evaluates else ["--eval-episodes", "0"]
     return [*command, *run.options(), *own, "--run-dir", str(run_dir)], run_dir
 
 
@@ -112,6 +112,7 @@ def die_with_parent(parent: int, cores: list[int]):
 
 def environment(threads: int, gpu: str | None) -> dict[str, str]:
     env = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}  # of exact.py
     return env if gpu is None else env | {"CUDA_VISIBLE_DEVICES": gpu}
 
 

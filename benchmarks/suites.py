@@ -41,6 +41,8 @@ RATES = {
     "ppo_kl_penalty": 3000,
     "ppo_shared_params": 10000,
     "ppo_atari": 600,
+    "ppo_rlhf": 500,
+    "exact": 9000,
     "trpo": 1500,
     "a2c": 900,
     "ppo": 700,
@@ -133,6 +135,25 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "BipedalWalker, 7 bins": ("BipedalWalker-v3", BIPEDAL, SEEDS),
 }
 
+EXACT = "benchmarks/exact.py"  # runs ppo_rlhf.py with another model and flags of its own
+# ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
+FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
+RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "rlhf-exact": {k: (EXACT, "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
+    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
+    "rlhf-human": {
+        "beta 0.05": ("ppo_rlhf.py", "human", {}),
+        "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
+    },
+    "rlhf-overopt": {  # both with the same learning rate
+        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
+        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"anneal_lr": False}),
+    },
+    "rlhf-labels": {
+        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
+    },  # 16,000 are in rlhf-human
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -152,6 +173,11 @@ class Run:
     def peer(self) -> bool:
         """Needs the Python that has the baseline algorithms."""
         return self.script == "benchmarks/baselines.py"
+
+    @property
+    def evaluates(self) -> bool:
+        """Its evaluations are part of the result."""
+        return self.script in ("ppo_rlhf.py", EXACT)
 
     def options(self) -> list[str]:
         """Its flags as command-line options."""
@@ -236,6 +262,10 @@ def make_suite(name: str) -> list[Run]:
             for game, setting, flags, steps, seeds in ATARI_SHORT
             for seed in seeds
         ]
+    if name in RLHF:
+        seeds = FIVE if name == "rlhf-exact" else SEEDS
+        planned = RLHF[name].items()
+        return [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in planned]
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":
@@ -246,6 +276,7 @@ def make_suite(name: str) -> list[Run]:
 SUITES = (
     *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
     *("discrete", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
+    *RLHF,
 )
 
 UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that are no part of the name of a setting

@@ -16,7 +16,8 @@ from gymnasium.spaces import Box, Discrete
 from helpers import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in sorted(ROOT.glob("ppo_*.py"))}
+PATHS = sorted(set(ROOT.glob("ppo_*.py")) - {ROOT / "ppo_rlhf.py"})  # test_rlhf.py has the switches of that one
+SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in PATHS}
 
 # two iterations in which every clip is active: steps are large, and so are some observations and rewards
 TINY: dict[str, Any] = {

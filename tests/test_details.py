@@ -23,7 +23,9 @@ from torch import nn
 
 from helpers import loss_inputs, read_checkpoint, read_jsonl
 
-SCRIPTS = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parents[1].glob("ppo_*.py"))]
+ROOT = Path(__file__).parents[1]
+PATHS = sorted(set(ROOT.glob("ppo_*.py")) - {ROOT / "ppo_rlhf.py"})  # test_rlhf.py has the details of that one
+SCRIPTS = [importlib.import_module(path.stem) for path in PATHS]
 CONTINUOUS = [script for script in SCRIPTS if script.__name__ in ("ppo_continuous", "ppo_kl_penalty")]
 TRACE: dict[str, Any] = {
     "env": "Recorder-v0",

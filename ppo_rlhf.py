@@ -1,0 +1,1994 @@
+"""PPO (Schulman et al. 2017) for language models: a token is an action, a reward model or function scores the response.
+
+    python ppo_rlhf.py                                        # human ratings -> reward model -> PPO, on one core
+    python ppo_rlhf.py --env my_module:score --data my_texts.txt --track
+    python ppo_rlhf.py --evaluate runs/NAME
+
+The first command trains everything itself: a byte-level BPE, a small GPT, a reward model on real human ratings, then PPO.
+
+Map of this file, in the order in which it is read:
+    Flags                 every setting, one line each
+    Language model        tokenizer, a small GPT with a cache, sampling
+    PPO                   policy and value, advantages, loss, update by one minibatch
+    Rollout and training  prompts, responses, scores, the penalty, and the loop
+    Stages before PPO     data, supervised model, reward model
+    Surroundings          run directory, evaluation, command line: nothing about PPO
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+import argparse
+import contextlib
+import copy
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import weakref
+import zipfile
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+
+def stop_at_signal(number, _):
+    """The first Ctrl-C or SIGTERM interrupts; a second one does not disturb what is said then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "main" not in globals():  # torch is still being imported
+        os.write(2, f"{Path(__file__).name}: interrupted before it began\n".encode())
+        os._exit(128 + number)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop_at_signal)
+    signal.signal(signal.SIGTERM, stop_at_signal)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tqdm
+import tyro
+from torch import nn
+
+KIND = "ppo_rlhf"  # of checkpoints; stays when the file is renamed
+LOGS = ("metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl")
+BOS, EOS, PAD = 0, 1, 2  # tokens of the tokenizer below; the 256 bytes follow them
+Score = Callable[[list[str], list[str]], list[float]]  # prompts, responses -> a number for each
+
+
+class UsageError(Exception):
+    """A mistake that the user can fix; the command line prints it as one sentence and exits with 2."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, observation or reward is NaN or infinite; the command line prints it and exits with 1."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags. The help is the comment at the field. The bounds are in the type: what a value must, and the test of it.
+
+Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
+Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
+Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
+Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
+Whole = Annotated[int, ("be at least 0", lambda x: x >= 0), ("be at most 2147483647", lambda x: x < 2**31)]
+Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
+Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
+OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
+Number = Annotated[float | None, ("be finite, or None", lambda x: x is None or math.isfinite(x))]
+Weight = Annotated[float, ("be finite and at least 0", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, ("lie between 0 and 1", lambda x: 0 <= x <= 1)]
+
+
+@dataclass
+class Args:
+    # what rewards a response, also called --reward: human (a reward model of the ratings), labels (a reward model of
+    # VADER's labels of samples), vader (the lexicon itself), or a function of your own, my_module:score
+    env: str = "human"
+    # texts, one a line, instead of the built-in ones; for human "3,2,-1<TAB>text", where the numbers are ratings
+    data: str = ""
+    prompts: str = ""  # prompts, one a line; empty: the first 3 to 7 tokens of the texts
+    # a causal language model of transformers, a directory or an id, in place of the small GPT; needs --prompts
+    model: str = ""
+    reward_model: str = ""  # a sequence classifier of transformers that scores, in place of --env; it has its own tokenizer
+    seed: Seed = 1  # seed of all models, samples and minibatches, at least 0
+    total_timesteps: int = 122_880  # tokens of all responses, unused places too; rounded down to whole iterations
+    run_dir: str = ""  # directory of the run; empty: runs/<script>__<env>__<seed>__<time>
+    checkpoint_every: Count = 10  # iterations between checkpoints, at least 1
+    checkpoint_minutes: Limit = math.inf  # a checkpoint also after so many minutes; the run then depends on the clock
+    # continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
+    # changed with it, and annealing then runs to the new end
+    resume: str = ""
+    evaluate: str = ""  # only evaluate this checkpoint or run directory, on prompts that were not trained on
+    eval_episodes: Episodes = 200  # prompts of an evaluation, which the training never sees; 0: no evaluation
+    eval_every: Count = 10  # iterations between evaluations in the course of training, at least 1
+    eval_temperature: Positive = 1.0  # [rlhf 37] temperature of evaluation; 0.01: nearly the likeliest tokens
+    track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline works)
+    wandb_project_name: str = "ppo"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+
+    # PPO
+    learning_rate: Positive = 5e-4  # Adam step size, above 0; for a large pretrained model 3e-6
+    num_envs: Count = 64  # responses per iteration (N); under torchrun of each rank
+    num_steps: Count = 32  # tokens of a response, at most (T)
+    gamma: Fraction = 1.0  # [rlhf 08] discount, 0 to 1
+    gae_lambda: Fraction = 0.95  # [rlhf 08] lambda of generalized advantage estimation, 0 to 1; 1: Monte Carlo
+    num_minibatches: Count = 4  # [rlhf 26] minibatches per epoch; must divide num_envs; 1: whole batch
+    update_epochs: Count = 4  # [rlhf 26] passes over a rollout (K)
+    clip_coef: Positive = 0.2  # [rlhf 28] clip range epsilon of ratio and value, above 0
+    ent_coef: Weight = 0.0  # [rlhf 29] weight of the entropy bonus (c2), at least 0
+    vf_coef: Weight = 0.1  # [rlhf 10] weight of the value loss 0.5 * mean squared error, at least 0
+    max_grad_norm: Limit = 1.0  # global gradient norm limit, above 0; inf: off
+    target_kl: OptionalLimit = None  # stop the epochs of an iteration when the mean approximate KL of one exceeds this
+
+    # implementation details; numbers are those of DETAILS.md
+    adam_eps: Positive = 1e-5  # [rlhf 24] epsilon of Adam; 1e-8: default of torch
+    anneal_lr: bool = True  # [rlhf 25] learning rate falls linearly to 0
+    # [rlhf 07] advantages to mean 0 and deviation 1, per minibatch or over the whole batch
+    norm_adv: Literal["minibatch", "batch", "none"] = "batch"
+    clip_policy: bool = True  # clipped surrogate objective; off: ratio * advantage
+    clip_vloss: bool = True  # [rlhf 09] value clipped to clip_coef around its old estimate; off: squared error
+    kl_coef: Weight = 0.05  # [rlhf 01] weight beta of the penalty for leaving the reference; 0: off
+    # [rlhf 03] penalty at a token: k1 is log(pi / ref); k3 is ref / pi - 1 - log(ref / pi), whose gradient is wrong here
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: OptionalLimit = None  # [rlhf 04] steer beta so that the KL of a response is this, nats; None: beta stays
+    kl_horizon: Positive = 10_000  # [rlhf 04] responses in which beta can grow by 20 %, above 0
+    max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
+    norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
+    score_clip: Limit = math.inf  # [rlhf 32] scores limited to +-this, above 0; inf: off
+    no_eos_score: Number = -1.0  # [rlhf 17] score of a response without an end, in place of its own; None: its own
+    whiten_rewards: bool = False  # [rlhf 06] rewards to deviation 1, mean kept
+    stop_at_eos: bool = True  # [rlhf 16] [rlhf 18] a response ends at the end token; off: always num_steps tokens
+    temperature: Positive = 1.0  # [rlhf 20] of sampling and of every log-probability
+    # [rlhf 12] value function: a head on the policy, or a network of its own that starts as the reward model
+    value: Literal["head", "separate"] = "head"
+    # [rlhf 11] [rlhf 13] heads begin at 0 (value) and at deviation 1 / sqrt(width + 1) (reward), or as in torch
+    head_init: Literal["original", "torch"] = "original"
+    reward_pool: Literal["last", "mean"] = "last"  # [rlhf 14] the reward model reads its end token, or the mean of all
+    ptx_coef: Weight = 0.0  # [rlhf 33] weight of the supervised loss on texts in every update (PPO-ptx)
+    value_warmup: Whole = 0  # [rlhf 35] iterations at the start in which only the value function learns
+    micro_batch: Whole = 0  # [rlhf 27] responses per backward pass, to save memory; 0: the whole minibatch
+
+    # the stages before PPO
+    vocabulary: Count = 2048  # tokens of the byte-level BPE
+    width: Count = 128  # of the GPT, a multiple of 32
+    layers: Count = 2  # of the GPT
+    sft_epochs: Count = 5  # passes of the supervised model over the texts
+    num_comparisons: Count = 16_000  # pairs from which the reward model learns
+
+    # speed
+    device: str = "cpu"  # device of all models: cpu, cuda, cuda:1
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products in the PPO stage
+    num_threads: Cores = 1  # CPU threads of torch, at least 1
+
+    @property
+    def world_size(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+
+    @property
+    def rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps * self.world_size
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.num_envs // self.num_minibatches  # responses of a rank
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    def __post_init__(self):
+        check_bounds(self)
+        if not self.run_dir:
+            env = re.sub(r"[^\w.-]+", ".", self.env)
+            now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+            self.run_dir = f"runs/{Path(__file__).stem}__{env}__{self.seed}__{now}"
+        if self.num_envs % self.num_minibatches:
+            raise UsageError(
+                f"num_envs = {self.num_envs} responses do not divide into num_minibatches = {self.num_minibatches}: "
+                "change one of them"
+            )
+        if self.num_iterations < 1:
+            raise UsageError(
+                f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps * ranks = "
+                f"{self.batch_size} steps: raise it or shorten the rollout"
+            )
+        if self.width % 32:
+            raise UsageError(f"width is {self.width}: it must be a multiple of 32, the width of an attention head")
+        if self.vocabulary < 259:
+            raise UsageError(f"vocabulary is {self.vocabulary}: it must be at least 259, the bytes and three marks")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device is {self.device}: use cpu, cuda or cuda:1")
+        gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
+        if self.device != "cpu" and int(self.device[5:] or local_rank) >= gpus:
+            raise UsageError(f"device is {self.device}, but torch finds {gpus} GPU(s) here: use --device cpu")
+        if ":" in self.device and self.world_size > 1:
+            raise UsageError(f"device is {self.device}: under torchrun say cuda, and each rank takes its own GPU")
+        if self.evaluate and self.world_size > 1:
+            raise UsageError("evaluate runs in one process: start it with python, not with torchrun")
+        if self.evaluate and self.eval_episodes < 1:
+            raise UsageError("evaluate answers prompts: set eval_episodes to at least 1")
+        check_reward(self)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Language model
+
+
+class Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): text -> tokens and back without loss."""
+
+    def __init__(self, merges: list[tuple[int, int]]):
+        """merges: pairs of tokens in the order in which they were merged; the first of them makes token 259."""
+        self.merges = merges
+        self.rank = {pair: 259 + i for i, pair in enumerate(merges)}
+        self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]
+        for a, b in merges:
+            self.bytes.append(self.bytes[a] + self.bytes[b])
+        self.known: dict[str, list[int]] = {}  # tokens of words seen before
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """Merges stay within a word, which begins with its space."""
+        return re.findall(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+|\s+|_+", text)
+
+    @classmethod
+    def train(cls, texts: list[str], vocabulary: int) -> "Tokenizer":
+        """Merges the commonest pair of neighbours until there are so many tokens, or no pair comes twice."""
+        counts = Counter(word for text in texts for word in cls.words(text))
+        words = [([3 + byte for byte in word.encode()], n) for word, n in counts.items()]
+        pairs: Counter[tuple[int, int]] = Counter()
+        places: dict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> words that may contain it
+        for i, (tokens, n) in enumerate(words):
+            for pair in itertools.pairwise(tokens):
+                pairs[pair] += n
+                places[pair].add(i)
+        merges: list[tuple[int, int]] = []
+        for new in progress(range(259, vocabulary), "tokenizer"):
+            best = max(pairs, key=lambda pair: (pairs[pair], pair), default=(0, 0))
+            if pairs[best] < 2:
+                break
+            merges.append(best)
+            for i in places.pop(best):
+                tokens, n = words[i]
+                merged = merge(tokens, best, new)
+                for pair in itertools.pairwise(tokens):
+                    pairs[pair] -= n
+                for pair in itertools.pairwise(merged):
+                    pairs[pair] += n
+                    places[pair].add(i)
+                words[i] = merged, n
+            del pairs[best]
+        return cls(merges)
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = []
+        for word in self.words(text):
+            if word not in self.known:
+                self.known[word] = self.encode_word(word)
+            tokens += self.known[word]
+        return tokens
+
+    def encode_word(self, word: str) -> list[int]:
+        tokens = [3 + byte for byte in word.encode()]
+        while True:
+            new = min((self.rank.get(pair, math.inf) for pair in itertools.pairwise(tokens)), default=math.inf)
+            if new == math.inf:
+                return tokens
+            tokens = merge(tokens, self.merges[int(new) - 259], int(new))
+
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
+
+
+def merge(tokens: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Tokens with each occurrence of a pair replaced by one new token, from the left."""
+    merged: list[int] = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
+        else:
+            merged.append(token)
+    return merged
+
+
+class Block(nn.Module):
+    """Layer of a transformer with the normalization first: attention, then an MLP."""
+
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.heads = width // 32
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for layer in (self.qkv, self.out, self.up, self.down):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.out, self.down):  # what is added to the residual stream (GPT-2)
+            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
+
+    def forward(self, x: torch.Tensor, allowed: torch.Tensor, cache: torch.Tensor | None, past: int) -> torch.Tensor:
+        """x: (N, L, width); allowed: (N, 1, L, past + L) bool; cache: (2, N, heads, length, 32), changed in place."""
+        N, L, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(N, L, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[0, :, :, past : past + L], cache[1, :, :, past : past + L] = k, v
+            k, v = cache[:, :, :, : past + L].to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        x = x + self.out(attended.transpose(1, 2).reshape(N, L, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Transformer decoder with learned positions; input and output share their embedding. No dropout [rlhf 22]."""
+
+    eos = EOS
+
+    def __init__(self, vocabulary: int, width: int, layers: int, context: int):
+        super().__init__()
+        self.vocabulary, self.width, self.context = vocabulary, width, context
+        self.embedding, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks, self.norm = nn.ModuleList(Block(width, layers) for _ in range(layers)), nn.LayerNorm(width)
+
+    def make_cache(self, rows: int, length: int) -> list[torch.Tensor]:
+        """Keys and values of each layer for so many positions."""
+        shape = (2, rows, self.width // 32, length, 32)
+        return [self.norm.weight.new_zeros(shape) for _ in self.blocks]
+
+    def hidden(self, tokens: torch.Tensor, mask: torch.Tensor, cache: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Last hidden states (N, L, width) of tokens (N, L).
+
+        mask: (N, past + L) bool, False at padding, for the positions that are in the cache and the L new ones.
+        """
+        L, past = tokens.shape[1], mask.shape[1] - tokens.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(0, self.context - 1)[:, past:]  # [rlhf 19] padding is not counted
+        index = torch.arange(past + L, device=tokens.device)
+        causal, itself = index[past:, None] >= index, index[past:, None] == index  # (L, past + L)
+        # a padded position sees at least itself, since a softmax over nothing is NaN
+        allowed = (causal & mask[:, None, :] | itself)[:, None]
+        x = self.embedding(tokens) + self.position(positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, allowed, cache[i] if cache else None, past)
+        return self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.embedding.weight.T
+
+
+def pad_rows(rows: list[list[int]], left: bool, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as tokens (N, L), padded on one side, and mask (N, L), False at the padding.
+
+    Only the mask says what is padding; no token does [rlhf 15].
+    """
+    tokens = torch.full((len(rows), max(map(len, rows))), PAD)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(tokens.shape[1] - len(row), None) if left else slice(len(row))
+        tokens[i, place], mask[i, place] = torch.tensor(row), True
+    return tokens.to(device), mask.to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PPO
+
+
+class Output(NamedTuple):
+    """What the networks say of the T places of N responses."""
+
+    logprob: torch.Tensor  # (N, T) log-probability of the token, nats
+    entropy: torch.Tensor  # (N, T) of the policy, nats
+    value: torch.Tensor  # (N, T) of the text before the token, in units of reward
+
+
+class Batch(NamedTuple):
+    """N prompts of P places, padded on the left, and their responses of up to T tokens."""
+
+    tokens: torch.Tensor  # (N, P + T)
+    mask: torch.Tensor  # (N, P + T) bool, False at padding
+    logprob: torch.Tensor  # (N, T) of the policy before the update, nats
+    value: torch.Tensor  # (N, T) before the update
+    advantage: torch.Tensor  # (N, T)
+    return_: torch.Tensor  # (N, T) advantage + value, the target of the value function
+    valid: torch.Tensor  # (N, T) 1 at tokens of the response, its end token too; 0 after it: what is there teaches nothing
+
+
+class Agent(nn.Module):
+    """A language model as policy, and a value function. Both are defined in policy and value, and nowhere else."""
+
+    def __init__(self, lm: Any, temperature: float, precision: str = "float32", value_lm: Any = None):
+        """value_lm: network of the value function; None: a head on the policy's network."""
+        super().__init__()
+        self.lm, self.value_lm, self.temperature, self.precision = lm, value_lm, temperature, precision
+        self.value_head = nn.Linear(lm.width, 1)
+
+    def policy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., width) -> log-probabilities (..., vocabulary) of the next token."""
+        return F.log_softmax(self.lm.logits(hidden).float() / self.temperature, dim=-1)  # [rlhf 20] everywhere
+
+    def value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., width) of value_lm or else lm -> (...)."""
+        return self.value_head(hidden).squeeze(-1).float()
+
+    def autocast(self):
+        device = self.value_head.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, num_steps: int) -> Output:
+        """Of the last num_steps of tokens (N, P + T), given mask (N, P + T)."""
+        before = -num_steps - 1  # the state before the first token of a response is the last one of its prompt
+        with self.autocast():
+            hidden = self.lm.hidden(tokens[:, :-1], mask[:, :-1])[:, before + 1 :]
+            other = self.value_lm.hidden(tokens[:, :-1], mask[:, :-1])[:, before + 1 :] if self.value_lm else hidden
+            logprobs, value = self.policy(hidden), self.value(other)
+        logprob = logprobs.gather(2, tokens[:, -num_steps:, None]).squeeze(2)
+        return Output(logprob, -(logprobs.exp() * logprobs).sum(-1), value)
+
+
+class Responses(NamedTuple):
+    """What generate returns."""
+
+    tokens: torch.Tensor  # (N, P + T) prompts and responses
+    mask: torch.Tensor  # (N, P + T) bool, False at padding
+    valid: torch.Tensor  # (N, T) bool, True up to the end token
+    logprob: torch.Tensor  # (N, T) as sampled, nats
+
+
+@torch.no_grad()
+def generate(agent: Agent, tokens: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, stop_at_eos: bool) -> Responses:
+    """Samples responses to prompts (N, P), padded on the left [rlhf 19], from the whole distribution [rlhf 21].
+
+    uniform: (N, num_steps) numbers from [0, 1), float64; each picks a token. T is num_steps, or less where all ended.
+    """
+    N, P = tokens.shape
+    running, valid, logprobs = torch.ones_like(mask[:, 0]), [], []
+    with agent.autocast():
+        cache = agent.lm.make_cache(N, P + uniform.shape[1])
+        hidden = agent.lm.hidden(tokens, mask, cache)
+        for t in range(uniform.shape[1]):
+            logprob = agent.policy(hidden[:, -1])
+            cumulative = logprob.double().exp().cumsum(1)
+            token = (cumulative <= uniform[:, t, None] * cumulative[:, -1:]).sum(1)
+            token = torch.where(running, token, PAD)
+            tokens, mask = torch.cat([tokens, token[:, None]], 1), torch.cat([mask, running[:, None]], 1)
+            logprobs.append(logprob.gather(1, token[:, None]).squeeze(1))
+            valid.append(running)
+            if stop_at_eos:
+                running = running & (token != agent.lm.eos)  # [rlhf 16]
+                if not running.any():  # [rlhf 18] waits for the device
+                    break
+            if t + 1 < uniform.shape[1]:
+                hidden = agent.lm.hidden(token[:, None], mask, cache)
+    return Responses(tokens, mask, torch.stack(valid, 1), torch.stack(logprobs, 1))
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+    bootstrap_truncated: bool = True,
+) -> torch.Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
+
+    rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
+    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
+    advantages (T, N) in units of reward; those of reset steps mean nothing.
+    """
+    # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
+    no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)
+    deltas = rewards + gamma * values[1:] * (1 - no_future) - values[:-1]
+    decays = gamma * gae_lambda * (1 - torch.maximum(terminated, truncated))  # the sum is cut at any episode end
+    # numpy runs the recursion ten times as fast as torch; for a GPU's tensors this waits once per rollout
+    advantages, delta, decay = np.empty(deltas.shape, np.float32), deltas.cpu().numpy(), decays.cpu().numpy()
+    advantage = np.zeros_like(delta[0])
+    for t in range(len(delta) - 1, -1, -1):
+        advantages[t] = advantage = delta[t] + decay[t] * advantage  # [detail 05]
+    return torch.as_tensor(advantages, device=rewards.device)
+
+
+def masked_mean(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean of x over the steps with valid = 1; 0 where there is none."""
+    return (x * valid).sum() / valid.sum().clamp(min=1)
+
+
+def normalize_advantages(advantages: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(A - mean) / (std + 1e-8) over the valid steps, population standard deviation."""
+    centered = advantages - masked_mean(advantages, valid)
+    return centered / (masked_mean(centered * centered, valid).sqrt() + 1e-8)
+
+
+def ppo_loss(
+    new: Output,
+    old: Batch,
+    clip_coef: torch.Tensor,
+    vf_coef: float = 0.5,
+    ent_coef: float = 0.0,
+    clip_policy: bool = True,
+    clip_vloss: bool = True,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss to minimize, the negative of eq. 9 with the clipped objective of eq. 7, and what is logged of it.
+
+    new: what the networks say now; old: the minibatch; clip_coef: scalar tensor. Means run over the steps with valid = 1.
+    """
+    logratio = (new.logprob - old.logprob) * old.valid  # reset steps: ratio 1, so that nothing overflows there
+    ratio = logratio.exp()
+    policy_objective = ratio * old.advantage
+    if clip_policy:  # [detail 08]
+        policy_objective = torch.minimum(policy_objective, ratio.clamp(1 - clip_coef, 1 + clip_coef) * old.advantage)
+    squared_error = (new.value - old.return_) ** 2
+    if clip_vloss:  # [detail 09]
+        clipped_value = old.value + (new.value - old.value).clamp(-clip_coef, clip_coef)
+        squared_error = torch.maximum(squared_error, (clipped_value - old.return_) ** 2)
+    policy_loss = -masked_mean(policy_objective, old.valid)
+    value_loss = 0.5 * masked_mean(squared_error, old.valid)
+    entropy = masked_mean(new.entropy, old.valid)
+    info = {  # [detail 12]
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": masked_mean(-logratio, old.valid),
+        "approx_kl": masked_mean(ratio - 1 - logratio, old.valid),  # never negative, of low variance (Schulman 2020)
+        "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), old.valid),
+    }
+    return policy_loss + vf_coef * value_loss - ent_coef * entropy, info  # [detail 10]
+
+
+def make_update(agent: Agent, args: Args, texts: list[list[int]]):
+    """The update by one minibatch.
+
+    update(theta, adam, batch, mb_inds, learning_rate, clip_coef, warmup) changes the flat parameter vector theta and the
+    Adam state (first moment, second moment, step count) in place and returns what is logged, each a scalar tensor.
+    theta is one vector so that norm and Adam are single operations; the agent's parameters are views of its parts.
+    texts: tokens of the texts of --ptx-coef.
+    """
+    parameters = list(agent.parameters())
+
+    def flat_gradient(loss: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor, warmup: torch.Tensor):
+        """Gradient of the mean over all tokens of the minibatch [rlhf 30], in however many parts it is computed."""
+        size, total = args.micro_batch or len(minibatch.tokens), minibatch.valid.sum()
+        gradient, infos = torch.zeros(()), []
+        for i in range(0, len(minibatch.tokens), size):
+            part = Batch(*(x[i : i + size] for x in minibatch))
+            new, share = agent(part.tokens, part.mask, part.valid.shape[1]), part.valid.sum() / total  # [rlhf 27]
+            if warmup:  # [rlhf 35]
+                new = new._replace(logprob=new.logprob.detach(), entropy=new.entropy.detach())
+            loss, info = ppo_loss(new, part, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
+            gradient = gradient.to(loss.device) + flat_gradient(share * loss)
+            infos.append({key: share * value.detach() for key, value in info.items()})
+        return gradient, {key: torch.stack([info[key] for info in infos]).sum() for key in infos[0]}
+
+    def update(theta, adam, batch: Batch, mb_inds, learning_rate, clip_coef, warmup):
+        minibatch = Batch(*(x[mb_inds] for x in batch))
+        if args.norm_adv == "minibatch":  # [rlhf 07]
+            minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
+        gradient, info = compute_gradient(minibatch, clip_coef, warmup)
+        if args.world_size > 1:
+            gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
+        if args.ptx_coef:  # [rlhf 33] every rank draws the texts of all and takes its own
+            n = len(mb_inds)
+            drawn = torch.randint(len(texts), (n * args.world_size,))[args.rank * n : (args.rank + 1) * n].tolist()
+            tokens, mask = pad_rows([texts[i] for i in drawn], False, args.device)
+            supervised = flat_gradient(args.ptx_coef * language_loss(agent.lm, tokens, mask))
+            gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
+        grad_norm = torch.linalg.vector_norm(gradient)
+        gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
+        # Adam (Kingma & Ba 2015, algorithm 1)
+        first_moment, second_moment, step = adam
+        step.add_(1)
+        first_moment.lerp_(gradient, 1 - 0.9)
+        second_moment.lerp_(gradient * gradient, 1 - 0.999)
+        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()  # 1 - 0.999 loses digits in float32
+        bias2 = (1 - 0.999 ** step.double()).float()
+        theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [rlhf 24]
+        return {**info, "grad_norm": grad_norm}
+
+    return update
+
+
+def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean of the gradients (P,) of all ranks, weighted by their numbers of valid steps; valid: (minibatch_size,).
+
+    It is the gradient of the mean over the valid steps of all ranks. With --norm-adv each rank normalizes its own.
+    """
+    weight = valid.sum()
+    total = torch.cat([gradient * weight, weight[None]])
+    dist.all_reduce(total)
+    return total[:-1] / total[-1].clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout and training
+
+
+class Rollout(NamedTuple):
+    """N prompts, their responses and scores."""
+
+    responses: Responses
+    scores: torch.Tensor  # (N,) what is learned from: normalized, clipped, and that of --no-eos-score where there is no end
+    ended: torch.Tensor  # (N,) bool: has an end token
+    texts: list[tuple[str, str, float]]  # prompt, response, normalized score
+    episodes: list[tuple[int, float, int]]  # of all ranks: global step, normalized score, tokens of the response
+
+
+class Runner:
+    """The prompts, the reference, what scores the responses, and the penalty's coefficient."""
+
+    def __init__(self, args: Args, models: "Models"):
+        self.args, self.tokenizer = args, models.tokenizer
+        self.prompts, self.held_out = models.prompts, models.held_out_prompts[: args.eval_episodes]
+        longest = max(map(len, self.prompts + self.held_out)) + args.num_steps
+        if longest > models.lm.context:
+            raise UsageError(
+                f"the longest prompt and num_steps = {args.num_steps} make {longest} tokens, but the model reads "
+                f"{models.lm.context}: shorten one of them"
+            )
+        self.score, self.vader = make_score(args, models), None if args.data or args.model else make_vader()
+        self.reference = make_agent(args, models).eval().requires_grad_(False)
+        self.global_step, self.kl_coef = 0, args.kl_coef
+        self.score_mean, self.score_std = 0.0, 1.0
+        self.recent_returns = deque[float](maxlen=100)
+
+    def state_dict(self) -> dict:
+        """What survives an iteration. All random numbers are drawn anew from (seed, iteration)."""
+        names = ("global_step", "kl_coef", "score_mean", "score_std")
+        state = {name: getattr(self, name) for name in names}
+        return state | {"recent_returns": list(self.recent_returns), "world_size": self.args.world_size}
+
+    def load_state_dict(self, state: dict):
+        if state["world_size"] != self.args.world_size and not self.args.evaluate:
+            ranks = f"the run has {state['world_size']} rank(s), not {self.args.world_size}"
+            raise UsageError(f"{ranks}: resume it with as many")
+        for name in ("global_step", "kl_coef", "score_mean", "score_std"):
+            setattr(self, name, state[name])
+        self.recent_returns.extend(state["recent_returns"])
+
+    def measure_scores(self):
+        """Mean and deviation of the scores of 256 responses of the reference [rlhf 05]."""
+        if self.args.norm_score:
+            rng = np.random.default_rng([self.args.seed, 2**31])
+            rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
+            scores = [score for _, _, score in self.respond(self.reference, rows, rng).texts]
+            self.score_mean, self.score_std = float(np.mean(scores)), float(np.std(scores)) or 1.0
+
+    def pick_prompts(self, iteration: int) -> list[list[int]]:
+        """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
+        N, count = self.args.num_envs * self.args.world_size, len(self.prompts)
+        places = range((iteration - 1) * N, iteration * N)
+        epochs = {i // count for i in places}
+        orders = {epoch: np.random.default_rng([self.args.seed, 1, epoch]).permutation(count) for epoch in epochs}
+        return [self.prompts[orders[i // count][i % count]] for i in places]
+
+    def respond(self, agent: Agent, rows: list[list[int]], rng: np.random.Generator, mine: slice = slice(None)) -> Rollout:
+        """Responses of the agent to those prompts of all ranks that are mine, and their scores."""
+        args = self.args
+        uniform = torch.as_tensor(rng.random((len(rows), args.num_steps))[mine]).to(args.device)
+        responses = generate(agent, *pad_rows(rows[mine], True, args.device), uniform, args.stop_at_eos)
+        P = responses.tokens.shape[1] - responses.valid.shape[1]
+        tokens, lengths = responses.tokens[:, P:], responses.valid.sum(1).tolist()
+        ended = ((tokens == agent.lm.eos) & responses.valid).any(1)
+        answers = [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        prompts = [self.tokenizer.decode(row) for row in rows[mine]]
+        raw = torch.tensor(call_score(args.env, self.score, prompts, answers), dtype=torch.float64)
+        normalized = ((raw - self.score_mean) / self.score_std).clamp(-args.score_clip, args.score_clip)  # [rlhf 05] [rlhf 32]
+        scores = normalized.float().to(args.device)
+        if args.no_eos_score is not None:  # [rlhf 17]
+            scores = torch.where(ended, scores, args.no_eos_score)
+        return Rollout(responses, scores, ended, list(zip(prompts, answers, normalized.tolist(), strict=True)), [])
+
+    def play(self, agent: Agent, iteration: int) -> Rollout:
+        """One response to each of N prompts in each rank; every rank draws the numbers of all and takes its own [rlhf 31]."""
+        args, N = self.args, self.args.num_envs
+        rng = np.random.default_rng([args.seed, 2, iteration])
+        torch.manual_seed(int(rng.integers(2**31)))  # for the order of the minibatches
+        rollout = self.respond(agent, self.pick_prompts(iteration), rng, slice(args.rank * N, (args.rank + 1) * N))
+        self.global_step += args.batch_size
+        lengths = rollout.responses.valid.sum(1).tolist()
+        episodes = [(self.global_step, score, n) for (*_, score), n in zip(rollout.texts, lengths, strict=True)]
+        if args.world_size > 1:
+            gathered: list = [None] * args.world_size
+            dist.all_gather_object(gathered, episodes)
+            episodes = [episode for episodes in gathered for episode in episodes]
+        self.recent_returns.extend(score for _, score, _ in episodes)
+        return rollout._replace(episodes=episodes)
+
+    def control_kl(self, kl: float):
+        """Moves the coefficient of the penalty towards a KL of kl_target (Ziegler et al. 2019) [rlhf 04]."""
+        if self.args.kl_target is not None:
+            error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * self.args.num_envs * self.args.world_size / self.args.kl_horizon
+
+    @torch.no_grad()
+    def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
+        """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
+        temperature, agent.temperature = agent.temperature, agent.temperature * self.args.eval_temperature
+        rollouts = [
+            self.respond(agent, self.held_out[i : i + 256], np.random.default_rng([self.args.seed, 3, i]))
+            for i in range(0, len(self.held_out), 256)
+        ]
+        agent.temperature = temperature  # the KL is that of the policy itself
+        sums: Counter[str] = Counter()
+        for tokens, mask, valid, _ in (rollout.responses for rollout in rollouts):
+            new, old = (x(tokens, mask, valid.shape[1]).logprob * valid for x in (agent, self.reference))
+            sums["kl"] += (new - old).sum().item()
+            sums["kl_k3"] += (((old - new).exp() - 1 - (old - new)) * valid).sum().item()
+            sums["nll"] -= old.sum().item()
+            sums["tokens"] += int(valid.sum())
+        texts, N = [text for rollout in rollouts for text in rollout.texts], len(self.held_out)
+        result = {
+            "score": float(np.mean([score for _, _, score in texts])),
+            "kl": sums["kl"] / N,  # of a response, nats; mean of log(pi / ref)
+            "kl_k3": sums["kl_k3"] / N,  # the same with less variance
+            "reference_nll": sums["nll"] / sums["tokens"],  # of a token, nats
+            "ended": float(torch.cat([rollout.ended for rollout in rollouts]).float().mean()),
+            "length": sums["tokens"] / N,
+            "distinct_2": distinct_pairs([answer for _, answer, _ in texts]),
+        }
+        if self.vader:
+            result["vader"] = float(np.mean(self.vader([p for p, _, _ in texts], [answer for _, answer, _ in texts])))
+        return result, texts
+
+
+def distinct_pairs(texts: list[str]) -> float:
+    """Different pairs of neighbouring words over all such pairs in all texts; falls when texts become alike."""
+    pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def place_rewards(penalty: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards (N, T), the negative penalty at each token and the score at the last; and terminated, 1 at that token."""
+    last = valid - torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)  # 1 at the last token of each response
+    return (last * scores[:, None] - penalty) * valid, last  # [rlhf 01] [rlhf 02]
+
+
+@torch.no_grad()
+def make_batch(agent: Agent, rollout: Rollout, runner: Runner) -> tuple[Batch, dict[str, float]]:
+    """What the agent thinks of the rollout before it learns from it, and measures of it."""
+    args, (tokens, mask, valid, sampled) = runner.args, rollout.responses
+    valid = valid.float()
+    old = agent(tokens, mask, valid.shape[1])  # [rlhf 23] by the same pass as in the update, so that ratios begin at 1
+    logratio = (old.logprob - runner.reference(tokens, mask, valid.shape[1]).logprob) * valid
+    k3 = (-logratio).exp() - 1 + logratio
+    penalty = runner.kl_coef * (logratio if args.kl_estimator == "k1" else k3)  # [rlhf 03]
+    rewards, terminated = place_rewards(penalty, rollout.scores, valid)
+    if args.whiten_rewards:  # [rlhf 06]
+        mean = masked_mean(rewards, valid)
+        rewards = (mean + normalize_advantages(rewards, valid)) * valid
+    # a response is a column of a (T, N) rollout; what comes after its last token is cut off by terminated
+    values = torch.cat([old.value * valid, torch.zeros_like(valid[:, :1])], 1).T
+    no = torch.zeros_like(terminated.T)
+    advantages = compute_gae(rewards.T, values, terminated.T, no, args.gamma, args.gae_lambda).T
+    batch = Batch(tokens, mask, old.logprob, old.value, advantages, advantages + old.value, valid)
+    if args.norm_adv == "batch":  # [rlhf 07]
+        batch = batch._replace(advantage=normalize_advantages(advantages, valid))
+    measures = {
+        "score": float(np.mean([score for _, _, score in rollout.texts])),
+        "kl": logratio.sum(1).mean().item(),
+        "kl_k3": k3.sum(1).mean().item(),
+        "ended": rollout.ended.float().mean().item(),
+        "logprob_gap": ((old.logprob - sampled) * valid).abs().max().item(),  # the sampler against the update's pass
+    }
+    figures = mean_of_ranks(torch.tensor(list(measures.values()), dtype=torch.float64, device=args.device), args).tolist()
+    return batch, dict(zip(measures, figures, strict=True))
+
+
+def explained_variance(batch: Batch) -> float:
+    """Of the returns by the values of the rollout; 1 is perfect, 0 no better than a constant."""
+    centered = batch.return_ - masked_mean(batch.return_, batch.valid)
+    variance = masked_mean(centered**2, batch.valid)
+    residual = batch.return_ - batch.value
+    residual = masked_mean((residual - masked_mean(residual, batch.valid)) ** 2, batch.valid)
+    return (1 - residual / variance).item() if variance > 0 else 0.0
+
+
+def mean_of_ranks(x: torch.Tensor, args: Args) -> torch.Tensor:
+    """Mean of x over the ranks."""
+    if args.world_size > 1:
+        dist.all_reduce(x)
+    return x / args.world_size
+
+
+def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: Args) -> tuple[dict[str, float], int]:
+    """All epochs over a batch: the means of what is logged, and how many epochs there were.
+
+    schedule: what update takes besides, as it is in this iteration: learning rate, clip range, whether it warms up.
+    """
+    hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in schedule]
+    infos = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch.tokens)).to(args.device)
+        infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
+        if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
+            kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+            if mean_of_ranks(kl, args) > args.target_kl:
+                break
+    means = [torch.stack([info[key] for info in infos]).mean() for key in infos[0]]
+    means.append(torch.tensor(explained_variance(batch), device=args.device))
+    figures = mean_of_ranks(torch.stack(means), args).tolist()  # waits for the device
+    return dict(zip([*infos[0], "explained_variance"], figures, strict=True)), len(infos) // args.num_minibatches
+
+
+def make_agent(args: Args, models: "Models") -> Agent:
+    """The policy as it begins, equal to the reference, with its value function."""
+    torch.manual_seed(args.seed)
+    value_lm = None
+    if args.value == "separate":  # [rlhf 12]
+        value_lm = copy.deepcopy(models.reward_model.lm if models.reward_model else models.lm)
+    agent = Agent(copy.deepcopy(models.lm), args.temperature, args.precision, value_lm)
+    if args.head_init == "original":  # [rlhf 11]
+        nn.init.zeros_(agent.value_head.weight)
+        nn.init.zeros_(agent.value_head.bias)
+    return agent.to(args.device).requires_grad_(True)
+
+
+def begin_value(agent: Agent, models: "Models", runner: Runner):
+    """A separate value network begins as the reward model, head included, in units of the normalized score [rlhf 12]."""
+    if agent.value_lm is not None and models.reward_model:
+        head = models.reward_model.head
+        agent.value_head.weight.data.copy_(head.weight / runner.score_std)
+        agent.value_head.bias.data.copy_((head.bias - runner.score_mean) / runner.score_std)
+
+
+def train(args: Args) -> dict:
+    """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 scores), ..."""
+    if args.device == "cuda":  # under torchrun each rank has a GPU of its own
+        torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    run = RunOfRanks(args) if args.world_size > 1 else Run(args)
+    models = load_models(args)
+    runner = Runner(args, models)
+    agent = make_agent(args, models)
+    if not run.checkpoint:
+        runner.measure_scores()
+        begin_value(agent, models, runner)
+    theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(theta, agent.parameters())  # the parameters are now views of theta
+    adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
+    update = make_update(agent, args, models.texts)
+
+    def state_dict() -> dict:
+        return {"theta": theta, "adam": adam, **runner.state_dict()}
+
+    first_iteration = run.restore(state_dict(), models) + 1
+    if run.checkpoint:
+        runner.load_state_dict(run.checkpoint)
+    run.open(state_dict())
+    if args.rank == 0 and not args.model and not (run.dir / "models.pt").is_file():
+        write_tensors(pack_models(models), run.dir / "models.pt")  # the run no longer depends on the cache
+    if first_iteration == 1:
+        run.evaluate(0, runner, agent)
+    try:
+        for iteration in range(first_iteration, args.num_iterations + 1):
+            remaining = 1 - (iteration - 1) / args.num_iterations
+            learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [rlhf 25]
+
+            rollout = runner.play(agent, iteration)
+            batch, measures = make_batch(agent, rollout, runner)
+            warmup = iteration <= args.value_warmup
+            losses, epochs = learn(update, theta, adam, batch, (learning_rate, args.clip_coef, warmup), args)
+
+            charts = {"learning_rate": learning_rate, "epochs": epochs, "kl_coef": runner.kl_coef, **measures}
+            runner.control_kl(measures["kl"])
+            run.log(iteration, runner, charts, losses, rollout.episodes)
+            too_far = args.max_kl is not None and measures["kl"] > args.max_kl  # [rlhf 34]
+            if iteration % args.eval_every == 0 or iteration == args.num_iterations or too_far:
+                run.evaluate(iteration, runner, agent)
+            if run.is_checkpoint_due(iteration) or too_far:
+                run.save(iteration, state_dict())
+            if too_far:
+                say(f"max_kl: the KL to the reference is {measures['kl']:.1f}, so the run ends after iteration {iteration}")
+                break
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
+    return run.finish(runner)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages before PPO: texts and ratings, the supervised model, the reward model. They are kept in a cache.
+
+
+class Sentence(NamedTuple):
+    text: str
+    votes: list[float]  # of people, on how positive it is; may be empty
+
+
+class Models(NamedTuple):
+    """What PPO begins with."""
+
+    tokenizer: Any
+    lm: Any  # the reference
+    reward_model: Any  # or None
+    texts: list[list[int]]  # tokens of the texts for training, each with its begin and end
+    prompts: list[list[int]]
+    held_out_prompts: list[list[int]]
+    facts: dict[str, float]  # what the stages measured
+
+    def describe(self) -> dict[str, str]:
+        return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
+
+
+SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 16 to 20 votes a sentence
+SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+CONTEXT = 128  # tokens that the GPT reads
+
+
+def progress(items, name: str) -> Iterator:
+    """The items, with a progress bar on a terminal and a line every half minute without one."""
+    told = start = time.perf_counter()
+    with tqdm.tqdm(items, desc=name, disable=None) as bar:
+        for done, item in enumerate(bar):
+            if bar.disable and (done == 0 or time.perf_counter() - told > 30):
+                told = time.perf_counter()
+                left = f", {tqdm.tqdm.format_interval((told - start) / done * (len(items) - done))} left" if done else ""
+                say(f"{name}: {done:,} of {len(items):,} steps{left}")
+            yield item
+
+
+@contextlib.contextmanager
+def open_cache(entry: str) -> Iterator[Path]:
+    """The directory of what is fetched and trained once; one process at a time deals with an entry."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ppo_rlhf"
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = os.open(cache / f"{entry}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training what this one needs
+        yield cache
+    finally:
+        os.close(lock)
+
+
+def fetch_archive(cache: Path) -> tarfile.TarFile:
+    """The source distribution of vaderSentiment, through pip at first use."""
+    file = cache / SDIST
+    if not file.is_file():
+        say("fetching the ratings, once: 2.4 MB, with pip")
+        with tempfile.TemporaryDirectory() as folder:
+            name, version = SDIST.removesuffix(".tar.gz").split("-")
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", f"{name}=={version}"]
+            pip = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, check=False)
+            if pip.returncode or not (Path(folder) / SDIST).is_file():
+                reason = (pip.stderr.strip().splitlines() or ["no output"])[-1]
+                raise UsageError(f"pip could not fetch {name}, which holds the ratings ({reason}): give texts with --data FILE")
+            write_atomically(file, (Path(folder) / SDIST).read_bytes())
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != SDIST_SHA256:
+        raise UsageError(f"{file} is not the file of that name that this script knows: delete it")
+    return tarfile.open(fileobj=io.BytesIO(data))
+
+
+def read_member(archive: tarfile.TarFile, name: str) -> bytes:
+    member = archive.extractfile(name)
+    assert member is not None
+    return member.read()
+
+
+def make_vader() -> Score:
+    """VADER (Hutto & Gilbert 2014), a lexicon with rules, from -1 to 1."""
+    with open_cache(SDIST) as cache, fetch_archive(cache) as archive:
+        for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
+            data = read_member(archive, f"{SDIST.removesuffix('.tar.gz')}/vaderSentiment/{name}")
+            write_atomically(cache / name, data)
+        spec = importlib.util.spec_from_file_location("vaderSentiment", cache / "vaderSentiment.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        analyzer = module.SentimentIntensityAnalyzer()
+    return lambda prompts, responses: [
+        analyzer.polarity_scores(prompt + response)["compound"] for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def read_lines(path: str, flag: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} {path} is not UTF-8: byte {error.start}") from error
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    if not any(lines):
+        raise UsageError(f"{flag} {path} has no lines")
+    return [line for line in lines if line]
+
+
+def load_sentences(args: Args) -> list[Sentence]:
+    """Texts and ratings: of film reviews with votes and product reviews without, or of args.data."""
+    if args.data:
+        sentences = []
+        for line in read_lines(args.data, "data"):
+            votes, tab, text = line.partition("\t")
+            try:
+                sentences.append(Sentence(text, [float(vote) for vote in votes.split(",")]) if tab else Sentence(line, []))
+            except ValueError as error:
+                raise UsageError(f"data {args.data}: before the tab there must be numbers, not {votes[:40]!r}") from error
+        return sentences
+    with open_cache(SDIST) as cache, fetch_archive(cache) as archive:
+        inner = read_member(archive, f"{SDIST.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+
+        def rows(name: str) -> list[list[str]]:
+            return [
+                x.split("\t") for x in read_member(archive, f"hutto_ICWSM_2014/{name}.txt").decode("utf-8-sig").splitlines()
+            ]
+
+        ratings = {number: json.loads(given) for number, _, _, given in rows("movieReviewSnippets_anonDataRatings")}
+        films = [Sentence(text, ratings[number]) for number, _, text in rows("movieReviewSnippets_GroundTruth")]
+        products = [Sentence(text, []) for _, _, text in rows("amazonReviewSnippets_GroundTruth")]
+    return [Sentence(" ".join(text.split()), votes) for text, votes in films + products]
+
+
+def train_supervised(args: Args, texts: list[str], unseen: list[str]) -> dict:
+    """A tokenizer, and the GPT that predicts the next token of the texts; its loss on unseen ones, in nats a token."""
+    tokenizer = Tokenizer.train(texts, args.vocabulary)
+    rows, unseen_rows = ([frame(tokenizer, text) for text in part] for part in (texts, unseen))
+    torch.manual_seed(args.seed)
+    lm = GPT(len(tokenizer.bytes), args.width, args.layers, CONTEXT).to(args.device)
+    batches = []
+    for _ in range(args.sft_epochs):  # texts of about the same length are read together
+        order = sorted(torch.randperm(len(rows)).tolist(), key=lambda i: len(rows[i]))
+        epoch = [[rows[i] for i in order[start : start + 32]] for start in range(0, len(order), 32)]
+        batches += [epoch[i] for i in torch.randperm(len(epoch)).tolist()]
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step, batch in enumerate(progress(batches, "supervised model")):
+        loss = language_loss(lm, *pad_rows(batch, False, args.device))
+        step_optimizer(optimizer, loss, 3e-3 * min(1, (step + 1) / 100) * (1 - step / len(batches)))
+    with torch.no_grad():
+        losses = [language_loss(lm, *pad_rows([row], False, args.device), "sum").item() for row in unseen_rows]
+    nats = sum(losses) / sum(len(row) - 1 for row in unseen_rows)
+    return {"merges": tokenizer.merges, "lm": lm.state_dict(), "facts": {"supervised_nats": nats}}
+
+
+def language_loss(lm: Any, tokens: torch.Tensor, mask: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Cross-entropy of the next token, nats, over the real tokens of (N, L)."""
+    logits = lm.logits(lm.hidden(tokens[:, :-1], mask[:, :-1])[mask[:, 1:]])
+    return F.cross_entropy(logits, tokens[:, 1:][mask[:, 1:]], reduction=reduction)
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float):
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+
+
+class RewardModel(nn.Module):
+    """A language model with a head that gives a text one number (Stiennon et al. 2020)."""
+
+    def __init__(self, lm: Any, pool: str, head_init: str):
+        super().__init__()
+        self.lm, self.pool, self.head = lm, pool, nn.Linear(lm.width, 1)
+        if head_init == "original":  # [rlhf 13]
+            nn.init.normal_(self.head.weight, std=1 / math.sqrt(lm.width + 1))
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Texts (N, L) with their begin and end, padded on the right -> (N,)."""
+        values = self.head(self.lm.hidden(tokens, mask)).squeeze(-1)
+        if self.pool == "mean":
+            return (values * mask).sum(1) / mask.sum(1)
+        return values.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)  # [rlhf 14]
+
+    @torch.no_grad()
+    def score(self, rows: list[list[int]]) -> list[float]:
+        device = str(self.head.weight.device)
+        return [x for i in range(0, len(rows), 256) for x in self(*pad_rows(rows[i : i + 256], False, device)).tolist()]
+
+
+def frame(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text with its begin and end, at most CONTEXT."""
+    return [BOS, *tokenizer.encode(text)[: CONTEXT - 2], EOS]
+
+
+def compare_by_people(sentences: list[Sentence], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Pairs (better, worse) of sentences by one vote on each; ties are dropped. Noisy, as one rater would be."""
+    rated = [s for s in sentences if s.votes]
+    if len({vote for s in rated for vote in s.votes}) < 2:
+        raise UsageError('human ratings are missing: --data needs lines "3,2,-1<TAB>text" with different numbers')
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
+        one, other = (rated[i] for i in rng.integers(len(rated), size=2))
+        a, b = (s.votes[rng.integers(len(s.votes))] for s in (one, other))
+        if a != b:
+            pairs.append((one.text, other.text) if a > b else (other.text, one.text))
+    return pairs
+
+
+def compare_by_vader(args: Args, models: Models, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Pairs (better, worse) of responses of the reference to the same prompt, as VADER says; ties are dropped."""
+    agent, vader, tokenizer = make_agent(args, models), make_vader(), models.tokenizer
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < args.num_comparisons:
+        rows = [models.prompts[i] for i in rng.integers(len(models.prompts), size=128).repeat(2)]
+        uniform = torch.as_tensor(rng.random((len(rows), args.num_steps))).to(args.device)
+        responses = generate(agent, *pad_rows(rows, True, args.device), uniform, True)
+        texts = [tokenizer.decode(row) for row in responses.tokens.tolist()]
+        scores = vader(texts, [""] * len(texts))
+        before = len(pairs)
+        for (one, other), (a, b) in zip(
+            zip(texts[::2], texts[1::2], strict=True), zip(scores[::2], scores[1::2], strict=True), strict=True
+        ):
+            if a != b:
+                pairs.append((one, other) if a > b else (other, one))
+        if len(pairs) == before:
+            raise UsageError("VADER finds no difference between the samples of the supervised model: train it longer")
+    return pairs[: args.num_comparisons]
+
+
+def train_reward_model(args: Args, models: Models, texts: list[Sentence], unseen: list[Sentence], rng: Any) -> dict:
+    """One pass over pairs (better, worse): the loss is -log sigmoid(r(better) - r(worse)) (Bradley & Terry 1952)."""
+    human = args.env == "human"
+    pairs = compare_by_people(texts, args.num_comparisons, rng) if human else compare_by_vader(args, models, rng)
+    torch.manual_seed(args.seed)
+    model = RewardModel(copy.deepcopy(models.lm), args.reward_pool, args.head_init).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    for start in progress(range(0, len(pairs), 64), "reward model"):
+        rows = [frame(models.tokenizer, text) for pair in pairs[start : start + 64] for text in pair]
+        scores = model(*pad_rows(rows, False, args.device))
+        loss = -F.logsigmoid(scores[::2] - scores[1::2]).mean()
+        step_optimizer(optimizer, loss, 1e-3 * (1 - start / len(pairs)))
+    rated = [s for s in unseen if s.votes]
+    scores_of_rated = model.score([frame(models.tokenizer, s.text) for s in rated])
+    accuracy = agreement(scores_of_rated, [float(np.mean(s.votes)) for s in rated])
+    return {"reward_model": model.state_dict(), "facts": {"reward_model_accuracy": accuracy}}
+
+
+def agreement(scores: list[float], truth: list[float]) -> float:
+    """Share of pairs that both put in the same order; pairs of equal truth are left out."""
+    a, b = np.asarray(scores), np.asarray(truth)
+    same, known = np.sign(a[:, None] - a) == np.sign(b[:, None] - b), b[:, None] != b
+    return float((same & known).sum() / max(known.sum(), 1))
+
+
+def keep(settings: list, code: list, make: Callable[[], dict]) -> dict:
+    """What make() returns, from the cache where the same code has made it of the same settings before."""
+    key = hashlib.sha256(json.dumps([*settings, torch.__version__, *map(inspect.getsource, code)]).encode()).hexdigest()[:16]
+    with open_cache(key) as cache:
+        file = cache / f"{key}.pt"
+        if not file.is_file():
+            write_tensors(make(), file)
+        return read_tensors(file)
+
+
+def load_models(args: Args) -> Models:
+    """What PPO begins with: from the run directory, or else from the cache, or else made now, stage by stage."""
+    if args.model:
+        return load_pretrained(args)
+    if (Path(args.run_dir) / "models.pt").is_file():
+        return unpack_models(args, read_tensors(Path(args.run_dir) / "models.pt"))
+    if ":" in args.env:
+        load_function(args.env)  # fails now, not after the stages
+    sentences, written = load_sentences(args), read_lines(args.prompts, "prompts") if args.prompts else []
+    order = np.random.default_rng(0).permutation(len(sentences)).tolist()
+    held = [sentences[i] for i in order[: max(len(order) // 18, 1)]]  # never trained on
+    rest = [sentences[i] for i in order[len(held) :]]
+    if not rest:
+        raise UsageError("data needs at least two texts")
+    sizes = [args.seed, args.device, args.vocabulary, args.width, args.layers]
+    settings = [sentences, *sizes, args.sft_epochs]
+    code = [Tokenizer, Block, GPT, train_supervised]  # an edit of them trains anew
+    state = keep(settings, code, lambda: train_supervised(args, [s.text for s in rest], [s.text for s in held]))
+    tokenizer = Tokenizer(state["merges"])
+    say(f"supervised model: {state['facts']['supervised_nats']:.2f} nats a token on {len(held)} unseen texts")
+
+    rng = np.random.default_rng([args.seed, 4])
+    texts = [frame(tokenizer, s.text) for s in rest]
+    rows = [[frame(tokenizer, s.text) for s in [s for s in part if s.votes] or part] for part in (rest, held)]
+    prompts, held_out = ([row[: 1 + rng.integers(3, 8)] for row in part if len(row) > 9] for part in rows)
+    if written:
+        begun = [[BOS, *tokenizer.encode(text)] for text in written]
+        prompts, held_out = begun[len(begun) // 18 :], begun[: len(begun) // 18]
+    if not prompts:
+        raise UsageError("the texts are too short to take prompts from them: give --prompts FILE")
+    state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out or prompts}
+    if args.env in ("human", "labels") and not args.reward_model:
+        models = unpack_models(args, state)
+        settings += [args.env, args.num_comparisons, args.head_init, args.reward_pool, prompts, args.num_steps]
+        code += [RewardModel, train_reward_model, compare_by_people, compare_by_vader]
+        trained = keep(settings, code, lambda: train_reward_model(args, models, rest, held, rng))
+        state |= trained | {"facts": state["facts"] | trained["facts"]}
+        say(f"reward model: agrees with people on {trained['facts']['reward_model_accuracy']:.1%} of pairs of unseen texts")
+    return unpack_models(args, state)
+
+
+def pack_models(models: Models) -> dict:
+    """All that PPO begins with, as tensors and plain values."""
+    reward_model = models.reward_model.state_dict() if models.reward_model else None
+    state = {"merges": models.tokenizer.merges, "lm": models.lm.state_dict(), "reward_model": reward_model}
+    return state | {name: getattr(models, name) for name in ("texts", "prompts", "held_out_prompts", "facts")}
+
+
+def write_tensors(state: dict, file: Path):
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_atomically(file, data.getvalue())
+
+
+def read_tensors(file: Path) -> dict:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UsageError(f"{file} is damaged ({type(error).__name__}): delete it") from error
+
+
+def unpack_models(args: Args, state: dict) -> Models:
+    tokenizer = Tokenizer(state["merges"])
+    lm, reward_model = GPT(len(tokenizer.bytes), args.width, args.layers, CONTEXT), None
+    lm.load_state_dict(state["lm"])
+    if state["reward_model"]:
+        reward_model = RewardModel(copy.deepcopy(lm), args.reward_pool, args.head_init)
+        reward_model.load_state_dict(state["reward_model"])
+        reward_model.to(args.device).requires_grad_(False)
+    rest = (state[name] for name in ("texts", "prompts", "held_out_prompts", "facts"))
+    return Models(tokenizer, lm.to(args.device), reward_model, *rest)
+
+
+class Pretrained(nn.Module):
+    """A causal language model of transformers with the methods of GPT."""
+
+    def __init__(self, lm: Any, eos: int):
+        super().__init__()
+        self.lm, self.eos = lm.eval(), eos  # no dropout, here neither [rlhf 22]
+        self.vocabulary, self.width = lm.get_output_embeddings().weight.shape
+        self.context = lm.config.max_position_embeddings
+        known = inspect.signature(lm.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+
+    def make_cache(self, rows: int, length: int) -> Any:
+        return import_transformers().DynamicCache()
+
+    def train(self, mode: bool = True) -> "Pretrained":
+        return super().train(False)
+
+    def hidden(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
+        options = {"position_ids": positions, self.cache_name: cache, "use_cache": cache is not None}
+        return self.lm.base_model(input_ids=tokens, attention_mask=mask.long(), **options).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def check(self, name: str):
+        """UsageError unless padding on the left, the cache and the way to the logits leave the model's logits as they are."""
+        rows = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
+        tokens, mask = pad_rows(rows, True)
+        cache = self.make_cache(2, 6)
+        parts = [self.hidden(tokens[:, a:b], mask[:, :b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
+        ways = {"when padded on the left": self.hidden(tokens, mask), "with its cache": torch.cat(parts, 1)}
+        for i, row in enumerate(rows):
+            expected = self.lm(torch.tensor([row])).logits[0]
+            for way, hidden in ways.items():
+                gap = (self.logits(hidden[i, -len(row) :]) - expected).abs().max() / expected.abs().max()
+                if not gap < 1e-3:
+                    raise UsageError(f"the model {name} gives other logits {way}: this script cannot train it")
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers with the methods of Tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("--model and --reward-model need transformers: pip install transformers") from error
+    return transformers
+
+
+def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
+    """A model of transformers in float32 and its tokenizer."""
+    transformers = import_transformers()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # many kinds: no directory, no weights, no network, unknown architecture
+        raise UsageError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_pretrained(args: Args) -> Models:
+    """The model, tokenizer and prompts that args name; texts for --ptx-coef come from args.data."""
+    lines = read_lines(args.prompts, "prompts")
+    texts = read_lines(args.data, "data") if args.data else []
+    lm, own = from_pretrained("AutoModelForCausalLM", args.model)
+    if own.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {args.model} has no end token, so no response would end")
+    model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
+    model.check(args.model)
+    prompts = [tokenizer.encode(line) for line in lines]
+    held_out = prompts[: len(prompts) // 18] or prompts
+    rows = [[*tokenizer.encode(text)[: model.context - 1], model.eos] for text in texts]
+    return Models(tokenizer, model.to(args.device), None, rows, prompts[len(prompts) // 18 :], held_out, {})
+
+
+def load_classifier(path: str, device: str) -> Score:
+    """A sequence classifier of transformers with one output as a score of prompt + response."""
+    model, tokenizer = from_pretrained("AutoModelForSequenceClassification", path)
+    if model.config.num_labels != 1:
+        raise UsageError(f"the reward model {path} has {model.config.num_labels} outputs: it needs one")
+    model = model.eval().to(device)
+    model.config.pad_token_id = tokenizer.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
+    )
+
+    @torch.no_grad()
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        batches = (
+            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True) for i in range(0, len(texts), 64)
+        )
+        return [x for batch in batches for x in model(**batch.to(device)).logits[:, 0].tolist()]
+
+    return score
+
+
+def load_function(name: str) -> Score:
+    """my_module:score, of the current directory or installed."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # of the user's code: any kind
+        raise UsageError(f"cannot load the reward function {name}: {error!r}") from error
+    if not callable(found):
+        raise UsageError(f"the reward function {name} is no function: {found!r}")
+    return found
+
+
+def check_reward(args: Args):
+    """UsageError unless args name something that can score, and what it needs."""
+    if args.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", args.env):
+        raise UsageError(f"unknown reward {args.env}: use human, labels, vader, or a function of yours, my_module:score")
+    if args.model and not args.prompts:
+        raise UsageError("model needs prompts: give --prompts FILE, one prompt a line")
+    if args.model and args.env in ("human", "labels") and not args.reward_model:
+        raise UsageError("model needs a reward of its own: --reward my_module:score, --reward vader or --reward-model DIR")
+    if args.model and args.ptx_coef and not args.data:
+        raise UsageError("ptx_coef needs texts: give --data FILE, one text a line")
+
+
+def make_score(args: Args, models: Models) -> Score:
+    """What scores prompts and responses, both as text."""
+    if args.reward_model:
+        return load_classifier(args.reward_model, args.device)
+    if ":" in args.env:
+        return load_function(args.env)
+    if args.env == "vader":
+        return make_vader()
+    model, tokenizer = models.reward_model, models.tokenizer
+    return lambda prompts, responses: model.score([frame(tokenizer, p + r) for p, r in zip(prompts, responses, strict=True)])
+
+
+def call_score(name: str, score: Score, prompts: list[str], responses: list[str]) -> list[float]:
+    """Scores of responses; UsageError or NonFiniteError unless there is one finite number for each."""
+    try:
+        scores = score(prompts, responses)
+    except Exception as error:  # of the user's code: any kind
+        raise UsageError(f"the reward {name} raised {error!r}") from error
+    try:
+        numbers = [float(number) for number in scores]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the reward {name} returned {scores!r:.80}: it must return a list of numbers") from error
+    if len(numbers) != len(responses):
+        raise UsageError(f"the reward {name} returned {len(numbers)} numbers for {len(responses)} responses")
+    for number, response in zip(numbers, responses, strict=True):
+        if not math.isfinite(number):
+            raise NonFiniteError(f"the reward {name} returned {number} for the response {response[:80]!r}")
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
+
+
+def say(text: str):
+    """A line on the terminal, above the progress bar; under torchrun of rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.tqdm.write(text, sys.stderr)
+
+
+def check_bounds(args: Any):
+    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, kind = getattr(args, name), getattr(hint, "__origin__", hint)
+        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
+            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
+        for words, holds in getattr(hint, "__metadata__", ()):
+            if not holds(value):
+                raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
+    """Checkpoint of a file or run directory, and its file. Loads tensors and plain values only, no code."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UsageError(f"there is no checkpoint {file}")
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch compresses nothing: what unpacks to more is no checkpoint
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+                raise ValueError("compressed")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
+        raise UsageError(f"{file} is not a checkpoint of {KIND}")
+    return checkpoint, file
+
+
+def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkpoint"):
+    """UsageError unless `saved` has the same spaces and all that `expected` has, with tensors of the same sizes."""
+    ours = spaces.describe()
+    if name == "checkpoint" and saved.get("spaces", ours) != ours:
+        raise UsageError(f"the checkpoint was trained on the spaces {saved['spaces']}, but the environment has {ours}")
+    if isinstance(expected, dict | tuple):
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            if not isinstance(saved, type(expected)) or len(saved) <= (key if isinstance(key, int) else 0):
+                raise UsageError(f"the checkpoint is damaged: {name} is no {type(expected).__name__} of {len(expected)}")
+            if isinstance(saved, dict) and key not in saved:
+                raise UsageError(f"the {name} is incomplete: it has no {key}")
+            check_checkpoint(saved[key], expected[key], spaces, f"{name}[{key}]" if isinstance(key, int) else key)
+    elif isinstance(expected, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (expected.shape, expected.dtype):
+            size = tuple(getattr(saved, "shape", ()))
+            raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
+        if saved.is_floating_point() and not saved.isfinite().all():
+            raise UsageError(f"the checkpoint is damaged: {name} is not finite")
+    elif not isinstance(saved, float | int if isinstance(expected, float) else type(expected)):
+        raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
+
+
+def write_atomically(file: Path, data: bytes):
+    """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
+    temporary = file.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as f:  # x: never through a link that somebody put there
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(args: Args) -> dict:
+    """Settings as JSON can hold them: infinity as text."""
+    return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in dataclasses.asdict(args).items()}
+
+
+def describe_run(args: Args) -> dict:
+    """First record of metrics.jsonl: all that is needed to repeat the run as it was started, before any --resume."""
+    git = (
+        subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if shutil.which("git")
+        else None
+    )
+    info = ""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        info = Path("/proc/cpuinfo").read_text()
+    model, family, number = (re.search(rf"{name}\s*: (.*)", info) for name in ("model name", "cpu family", "model\t"))
+    versions = {"python": platform.python_version()}
+    versions |= {m.__name__: m.__version__ for m in (torch, np)}
+    return {
+        "args": plain(args),
+        "script": Path(__file__).name,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "git_revision": git.stdout.strip() or None if git else None,
+        "versions": versions,
+        "cpu": model.group(1) if model else platform.processor(),
+        # what tells machines apart whose numbers differ: they have other kernels
+        "cpu_kind": f"family {family.group(1)}, model {number.group(1)}" if family and number else platform.machine(),
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None,
+    }
+
+
+class Run:
+    """Directory, lock, logs, checkpoints, W&B and progress of one training."""
+
+    def __init__(self, args: Args):
+        """Loads the checkpoint to resume, if there is one; writes nothing."""
+        self.args, self.start_time = args, time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.wandb = load_wandb(args) if args.track else None
+        self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
+        if args.resume:
+            self.dir = load_checkpoint(args.resume)[1].parent
+            self.lock()
+            self.checkpoint, _ = load_checkpoint(args.resume)  # under the lock, so that it is the last one
+
+    def lock(self):
+        """One process at a time writes here. The lock is of the directory itself and dies with its process."""
+        directory = os.open(self.dir, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, directory)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UsageError(f"another process is writing {self.dir}: wait for it or stop it first") from error
+
+    def restore(self, state: dict, spaces: Any) -> int:
+        """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
+        self.spaces, saved = spaces, self.checkpoint
+        if saved is None:
+            return 0
+        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {}}, spaces)
+        if self.args.total_timesteps < saved["global_step"]:
+            raise UsageError(
+                f"total_timesteps is {self.args.total_timesteps}, but the run has done {saved['global_step']}: raise it"
+            )
+        for name, size in saved["log_sizes"].items():
+            if not (self.dir / name).is_file() or (self.dir / name).stat().st_size < size:
+                raise UsageError(f"{self.dir / name} is missing or shorter than at the checkpoint: --resume needs it")
+        state["theta"].copy_(saved["theta"])
+        for tensor, value in zip(state["adam"], saved["adam"], strict=True):
+            tensor.copy_(value)
+        return saved["iteration"]
+
+    def make_directory(self):
+        """A new directory, or one in which a run was killed before its first checkpoint."""
+        own = {*LOGS, "checkpoint.tmp", Path(__file__).name, "wandb"}
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if not set(os.listdir(self.dir)) <= own:
+                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+                remedy = f"--resume {name} continues it, " if resumable else ""
+                raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
+            if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
+                shutil.copy(__file__, self.dir)
+        except OSError as error:
+            raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
+
+    def open(self, state: dict):
+        """Directory, logs, the first checkpoint, W&B, the progress bar."""
+        args, saved = self.args, self.checkpoint or {}
+        if not saved:
+            self.make_directory()
+        self.logs = {name: open(self.dir / name, "a", buffering=1) for name in LOGS}
+        for name, log in self.logs.items():
+            log.truncate(saved.get("log_sizes", {}).get(name, 0))  # what came after the checkpoint is written again
+            log.seek(0, os.SEEK_END)
+        if not saved:
+            self.write("metrics.jsonl", describe_run(args))
+        self.wandb_id = saved.get("wandb_id") or (os.urandom(4).hex() if self.wandb else None)
+        settled = saved and saved["args"]["total_timesteps"] == args.total_timesteps and saved.get("wandb_id") == self.wandb_id
+        self.first_step, self.first_iteration = state["global_step"], saved.get("iteration", 0) + 1
+        if not settled:
+            self.save(self.first_iteration - 1, state)
+        if self.wandb:
+            open_wandb(self.wandb, args, self.dir, str(self.wandb_id))
+        say(
+            f"{args.env}: {args.num_envs} x {args.num_steps} steps, {args.num_iterations} iterations, update on {args.device}, "
+            f"{args.num_threads} thread(s); run directory {self.dir}"
+        )
+        self.saved_step, self.saved_time = self.first_step, time.perf_counter()
+        self.told_time = self.warm_time = self.saved_time
+        self.warm_step, self.ended_since_save = self.first_step, 0
+        self.bar = tqdm.tqdm(
+            total=args.num_iterations * args.batch_size, initial=self.first_step, unit="step", unit_scale=True, disable=None
+        )
+
+    def write(self, name: str, record: dict):
+        self.logs[name].write(json.dumps(record, allow_nan=False) + "\n")
+
+    def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
+        """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
+        if not all(math.isfinite(x) for x in losses.values()):
+            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        now, step = time.perf_counter(), runner.global_step
+        if iteration == self.first_iteration:  # it compiles
+            self.warm_time, self.warm_step = now, step
+            self.bar.initial, self.bar.start_t = step, time.time()
+        record = {f"charts/{key}": value for key, value in charts.items()}
+        if episodes:
+            record["charts/episodic_return"] = float(np.mean([r for _, r, _ in episodes]))
+            record["charts/episodic_length"] = float(np.mean([length for _, _, length in episodes]))
+        record |= {"charts/SPS": round(self.steps_per_second(step)), "charts/seconds": round(now - self.start_time, 3)}
+        record |= {f"losses/{key}": value for key, value in losses.items()}
+        self.write("metrics.jsonl", {"iteration": iteration, "global_step": step, **record})
+        for global_step, episode, length in episodes:
+            self.write("episodes.jsonl", {"global_step": global_step, "return": episode, "length": length})
+        if self.wandb:
+            self.wandb.log(record, step=step)
+        self.ended_since_save += len(episodes)
+        self.show_progress(step, float(np.mean(runner.recent_returns)) if runner.recent_returns else math.nan)
+
+    def evaluate(self, iteration: int, runner: Runner, agent: Agent):
+        """One record of evaluations.jsonl, and ten of samples.jsonl."""
+        if self.args.eval_episodes:
+            measures, texts = runner.evaluate(agent)
+            place = {"iteration": iteration, "global_step": runner.global_step}
+            self.write("evaluations.jsonl", place | measures)
+            for prompt, response, score in texts[:10]:
+                self.write("samples.jsonl", place | {"prompt": prompt, "response": response, "score": score})
+            if self.wandb:
+                self.wandb.log({f"evaluation/{key}": value for key, value in measures.items()}, step=runner.global_step)
+
+    def steps_per_second(self, step: int) -> float:
+        """Of this process since its first iteration, which compiles; 0 in the first."""
+        return (step - self.warm_step) / max(time.perf_counter() - self.warm_time, 1e-9)
+
+    def show_progress(self, step: int, episodic_return: float):
+        """The bar of a terminal; without one a line every half minute."""
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {episodic_return:.1f}")
+        total, now = self.args.num_iterations * self.args.batch_size, time.perf_counter()
+        if self.bar.disable and (now - self.told_time > 30 or step == total):
+            self.told_time, rate = now, self.steps_per_second(step) or (step - self.first_step) / (now - self.start_time)
+            left = tqdm.tqdm.format_interval((total - step) / rate)
+            done = f"{step:,} of {total:,} steps ({step / total:.0%})"
+            say(f"{done}, return {episodic_return:.1f}, {rate:,.0f} steps/s, {left} left")
+
+    def is_checkpoint_due(self, iteration: int) -> bool:
+        minutes = (time.perf_counter() - self.saved_time) / 60
+        last = iteration == self.args.num_iterations
+        return last or iteration % self.args.checkpoint_every == 0 or minutes > self.args.checkpoint_minutes
+
+    def save(self, iteration: int, state: dict):
+        """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
+        for log in self.logs.values():
+            log.flush()
+            os.fsync(log.fileno())
+        checkpoint = {
+            "kind": KIND,
+            "args": dataclasses.asdict(self.args),
+            "spaces": self.spaces.describe(),
+            "iteration": iteration,
+            **state,
+            "log_sizes": {name: log.tell() for name, log in self.logs.items()},
+            "wandb_id": self.wandb_id,
+        }
+        data = io.BytesIO()  # torch would hide what a full disk raises
+        torch.save(checkpoint, data)
+        write_atomically(self.dir / "checkpoint.pt", data.getvalue())
+        if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
+            few = f"no episode ended within {self.args.checkpoint_every * self.args.num_steps} steps"
+            say(f"warning: {few}, after which environments start afresh: raise --checkpoint-every")
+        self.saved_step, self.saved_time, self.ended_since_save = state["global_step"], time.perf_counter(), 0
+
+    def how_to_go_on(self, step: int) -> str:
+        lost = f", {step - self.saved_step:,} of which will be played again" if step > self.saved_step else ""
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+        return f"interrupted after {step:,} steps{lost}; go on from step {self.saved_step:,} with: {command}"
+
+    def finish(self, runner: Runner) -> dict:
+        """Reports the training, which is complete and saved, then plays the closing evaluation."""
+        args, now = self.args, time.perf_counter()
+        self.bar.close()
+        for log in self.logs.values():
+            log.close()
+        recent, seconds = runner.recent_returns, now - self.start_time
+        result: dict[str, Any] = {
+            "run_dir": str(self.dir),
+            "global_step": runner.global_step,
+            "episodic_return": float(np.mean(recent)) if recent else math.nan,
+            "episodes": len(recent),
+            "seconds": seconds,
+            "sps": self.steps_per_second(runner.global_step),
+            "sps_with_startup": (runner.global_step - self.first_step) / seconds,
+        }
+        score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
+        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
+        print(
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
+            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
+            flush=True,
+        )
+        result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
+        if self.wandb:
+            log_evaluation(self.wandb, result)
+            self.wandb.finish()
+        self.unlock()
+        return result
+
+
+class RunOfRanks(Run):
+    """The run under torchrun: rank 0 writes and decides, the others follow."""
+
+    def __init__(self, args: Args):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 reports
+        super().__init__(args)
+
+    def lock(self):
+        if self.args.rank == 0:
+            super().lock()
+
+    def open(self, state: dict):
+        refusal = [""]
+        try:
+            if self.args.rank == 0:
+                super().open(state)
+        except UsageError as error:
+            refusal = [str(error)]
+        dist.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise UsageError(refusal[0])
+        dist.broadcast(state["theta"], 0)
+
+    def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
+        if self.args.rank == 0:
+            super().log(iteration, runner, charts, losses, episodes)
+        elif not all(math.isfinite(x) for x in losses.values()):
+            raise NonFiniteError(f"non-finite losses in iteration {iteration}")
+
+    def evaluate(self, iteration: int, runner: Runner, agent: Agent):
+        if self.args.rank == 0:
+            super().evaluate(iteration, runner, agent)
+
+    def is_checkpoint_due(self, iteration: int) -> bool:
+        decision = [self.args.rank == 0 and super().is_checkpoint_due(iteration)]  # by the clock of rank 0
+        dist.broadcast_object_list(decision)
+        return decision[0]
+
+    def save(self, iteration: int, state: dict):
+        if self.args.rank == 0:
+            super().save(iteration, state)
+
+    def how_to_go_on(self, step: int) -> str:
+        if self.args.rank > 0:
+            return "interrupted"
+        return super().how_to_go_on(step).replace(": python", f": torchrun --nproc-per-node {self.args.world_size}")
+
+    def finish(self, runner: Runner) -> dict:
+        dist.destroy_process_group()
+        return super().finish(runner) if self.args.rank == 0 else {"evaluation": {}}
+
+
+def load_wandb(args: Args) -> Any:
+    """The module wandb, after checking what can be checked before a run exists."""
+    import wandb
+
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    given: Any = {"WANDB_MODE": mode, "wandb_project_name": args.wandb_project_name}
+    for name, option in (("WANDB_MODE", "mode"), ("wandb_project_name", "project")):
+        try:
+            wandb.Settings(**{option: given[name]})
+        except (wandb.errors.Error, ValueError) as error:
+            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
+            raise UsageError(f"{name} is {given[name]}: {reason}") from error
+    if mode == "online" and not wandb.login(prompt=False):
+        raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
+    return wandb
+
+
+def open_wandb(wandb: Any, args: Args, run_dir: Path, wandb_id: str):
+    project, config = args.wandb_project_name, dataclasses.asdict(args)
+    try:
+        wandb.init(
+            project=project,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            id=wandb_id,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+        )
+    except wandb.errors.Error as error:  # what only the server knows: that there is no such entity, say
+        without = f"--resume {shlex.quote(str(run_dir))} --no-track goes on without it"
+        raise UsageError(f"Weights & Biases refuses the run: {error}; {without}") from error
+
+
+def log_evaluation(wandb: Any, result: dict):
+    """What the terminal says at the end, in the summary of the W&B run."""
+    wandb.run.summary["final/episodic_return"] = result["episodic_return"]
+    if result["evaluation"].get("returns"):
+        wandb.run.summary["evaluation/return"] = float(np.mean(result["evaluation"]["returns"]))
+        wandb.run.summary["evaluation/std"] = float(np.std(result["evaluation"]["returns"]))
+    gif = Path(result["run_dir"]) / "evaluation.gif"
+    if gif.is_file():
+        wandb.log({"evaluation/video": wandb.Video(str(gif), format="gif")}, step=result["global_step"])
+
+
+def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
+    """Answers args.eval_episodes prompts that were not trained on, and writes args.run_dir/evaluation.json.
+
+    Returns the measures of Runner.evaluate and of the stages, "returns", the score of each response, and "samples".
+    closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
+    """
+    say(f"answering {args.eval_episodes} prompts to evaluate")
+    result: dict[str, Any] = {"returns": [], "samples": [], "problems": []}
+    try:
+        models = load_models(args)
+        runner, agent = Runner(args, models), make_agent(args, models)
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        check_checkpoint(checkpoint, {"theta": theta, **runner.state_dict()}, models)
+        nn.utils.vector_to_parameters(checkpoint["theta"].to(args.device), agent.parameters())
+        runner.load_state_dict(checkpoint)
+        measures, texts = runner.evaluate(agent)
+        result |= measures | models.facts
+        result |= {"returns": [score for _, _, score in texts], "samples": texts[:10]}
+    except Exception as error:  # of a reward function: any kind
+        if isinstance(error, UsageError) and not closing:
+            raise
+        told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
+        result["problems"].append(f"the evaluation failed: {told}")
+    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result, allow_nan=False) + "\n")
+    return result
+
+
+# flags that people bring from CleanRL: what they are here, or why there is none
+FOREIGN_FLAGS: dict[str, Any] = {
+    "--reward": ["--env"],
+    "--env-id": ["--env"],
+    "--cuda": ["--device", "cuda" if torch.cuda.is_available() else "cpu"],
+    "--no-cuda": ["--device", "cpu"],
+    "--no-norm-adv": ["--norm-adv", "none"],
+    "--torch-deterministic": [],  # always
+    "--no-torch-deterministic": "runs are always deterministic: leave it out",
+    "--save-model": [],  # always, as checkpoint.pt
+    "--no-save-model": "the model is always kept, as checkpoint.pt: leave it out",
+    "--exp-name": "use --run-dir, which names the directory of a run",
+    "--upload-model": "nothing is uploaded; --track logs to Weights & Biases",
+    "--hf-entity": "nothing is uploaded; --track logs to Weights & Biases",
+}
+
+
+def translate(words: list[str]) -> list[str]:
+    """A command line as CleanRL takes it, in words of this script: --env-id X, --cuda False, --anneal-lr True, ..."""
+    switches = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(Args) if isinstance(f.default, bool)}
+    switches |= {name for name in FOREIGN_FLAGS if not name.startswith("--no-")}
+    translated: list[str] = []
+    for word in [part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])]:
+        before = translated[-1] if translated else ""
+        name = word.replace("_", "-") if word.startswith("--") else ""
+        if word.lower() in ("true", "false") and before in switches:
+            translated[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        elif word.lower() in ("true", "false") and before == "--norm-adv":
+            translated.append("minibatch" if word.lower() == "true" else "none")
+        else:
+            translated.append(name if name in switches or name in FOREIGN_FLAGS else word)
+    refused = [word for word in translated if isinstance(FOREIGN_FLAGS.get(word), str)]
+    if refused:
+        raise UsageError(f"there is no {refused[0]}: {FOREIGN_FLAGS[refused[0]]}")
+    return [part for word in translated for part in FOREIGN_FLAGS.get(word, [word])]
+
+
+def load_args(checkpoint: dict, file: Path, **changes) -> Args:
+    """Settings of a checkpoint, as a script with its flags reads them."""
+    try:
+        return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
+
+
+def parse_args(words: list[str]) -> tuple[Args, dict | None]:
+    """Arguments of the command line and the checkpoint that they name, whose settings are then the defaults."""
+    words = translate(words)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--evaluate", "--device", "--env"):
+        named.add_argument(name)
+    given = named.parse_known_args(words)[0]
+    if given.resume is not None and given.evaluate is not None:
+        raise UsageError("resume continues a run, evaluate plays one: give one of them")
+    path = given.evaluate if given.resume is None else given.resume
+    if path is None:
+        return tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name), None
+    if not path:
+        raise UsageError("resume and evaluate need the path of a run directory: the one given is empty")
+    checkpoint, file = load_checkpoint(path)
+    changes = {}
+    if given.device:
+        changes["device"] = given.device
+    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint.get("args", {}).get("device"))):
+        changes["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
+    if given.evaluate and not checkpoint.get("args", {}).get("eval_episodes"):
+        changes["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
+    saved = load_args(checkpoint, file, **changes)
+    if given.evaluate and ":" in saved.env and given.env != saved.env:
+        # a checkpoint is data: it may be somebody else's, and so may the module that lies beside it
+        raise UsageError(f"evaluating runs the code of {saved.env}: if you trust it, add --env {shlex.quote(saved.env)}")
+    args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
+    free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_temperature", "track", "wandb_project_name"}
+    free |= {"wandb_entity", "device", "num_threads", "checkpoint_minutes"}
+    changed = [
+        f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)
+    ]
+    if changed:
+        raise UsageError(
+            f"a saved run keeps its settings: leave out --{' --'.join(changed).replace('_', '-')}, or start a new run"
+        )
+    return args, checkpoint
+
+
+def tell_evaluation(args: Args, evaluation: dict):
+    """The closing lines, with what was measured and answered before the training; exit code 1 where something is missing."""
+    if evaluation["problems"]:
+        sys.exit(f"{Path(__file__).name}: {'; '.join(evaluation['problems'])}")
+    logs = [Path(args.run_dir) / name for name in ("evaluations.jsonl", "samples.jsonl")]
+    first, samples = ([json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [] for log in logs)
+    before = first[0] if first else {}
+    for name in [name for name in before if name in evaluation]:
+        print(f"{name:>13}: {before[name]:8.3f} -> {evaluation[name]:8.3f}")
+    for old, (prompt, answer, _) in list(zip(samples, evaluation["samples"], strict=False))[:5]:
+        print(f"\n  {prompt}|\n    before: {old['response']}\n    after:  {answer}")
+
+
+def main():
+    args, name = None, Path(__file__).name
+    for stream in ("stdout", "stderr"):  # closed by >&-
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
+    try:
+        args, checkpoint = parse_args(sys.argv[1:])
+        evaluation = evaluate(args, checkpoint) if checkpoint and args.evaluate else train(args)["evaluation"]
+        print(f"run directory: {args.run_dir}", flush=True)
+        if evaluation:
+            tell_evaluation(args, evaluation)
+    except UsageError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (NonFiniteError, OSError, MemoryError) as error:
+        file = Path(args.run_dir, "checkpoint.pt") if args else None
+        last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
+        print(f"{name}: stopped: {error or 'out of memory'}{last}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        told = [part for part in error.args if isinstance(part, str)]
+        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+            told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
+        print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,748 @@
+"""ppo_rlhf.py: one test for each detail of the table in DETAILS.md, the exact optimum, resume, and bad input."""
+
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_rlhf
+from helpers import equal, read_checkpoint, read_jsonl, read_metrics
+from ppo_rlhf import BOS, EOS, GPT, PAD, Agent, Args, Batch, NonFiniteError, RewardModel, Runner, Tokenizer, UsageError
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import exact
+
+GOOD, BAD = ("good", "great", "lovely", "funny"), ("bad", "dull", "awful", "sad")
+TINY = {
+    "env": "human",
+    "data": "texts.tsv",
+    "num_envs": 8,
+    "num_steps": 8,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "total_timesteps": 4 * 64,
+    "checkpoint_every": 2,
+    "eval_episodes": 4,
+    "vocabulary": 300,
+    "width": 32,
+    "layers": 1,
+    "sft_epochs": 4,
+    "num_comparisons": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def texts(tmp_path_factory, monkeypatch):
+    """A cache for all tests, and texts.tsv: 90 short reviews with three votes each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    rng, lines = random.Random(0), []
+    for _ in range(90):
+        words = rng.choices(GOOD + BAD, k=4)
+        votes = sum(1 if word in GOOD else -1 for word in words)
+        lines.append(f"{votes},{votes + 1},{votes - 1}\tthe film is {' and '.join(words)} to me")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path_factory.getbasetemp()))])
+    Path("texts.tsv").write_text("\n".join(lines) + "\n")
+    Path("words.py").write_text("def score(prompts, responses):\n    return [response.count('o') for response in responses]\n")
+
+
+def tiny(run_dir: Path | str = "run", **changes) -> Args:
+    return Args(**(TINY | {"run_dir": str(run_dir)} | changes))
+
+
+def words(**changes) -> list[str]:
+    flags = []
+    for name, value in (TINY | {"run_dir": "run"} | changes).items():
+        word = name.replace("_", "-")
+        flags += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
+    return flags
+
+
+def start(**changes):
+    """Arguments, models, runner and agent as they are before the first iteration, and a reference that is not the policy."""
+    args = tiny(**changes)
+    models = ppo_rlhf.load_models(args)
+    runner, agent = Runner(args, models), ppo_rlhf.make_agent(args, models)
+    return args, models, runner, agent
+
+
+def flat(agent: Agent) -> torch.Tensor:
+    theta = torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    torch.nn.utils.vector_to_parameters(theta, agent.parameters())
+    return theta
+
+
+def update_once(args: Args, models, agent: Agent, batch: Batch, rate: float = 1e-3, warmup: float = 0) -> torch.Tensor:
+    """Parameters after one update by the whole batch."""
+    theta = flat(agent)
+    adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(()))
+    schedule = [torch.tensor(x, dtype=torch.float64) for x in (rate, args.clip_coef, warmup)]
+    ppo_rlhf.make_update(agent, args, models.texts)(theta, adam, batch, torch.arange(len(batch.tokens)), *schedule)
+    return theta
+
+
+def random_lm(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    lm = GPT(30, 64, 2, 32)
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return lm
+
+
+# tokenizer and model
+
+
+def test_tokenizer_loses_nothing_and_merges_the_commonest_pair():
+    texts = ["the thin thing", "naïve café 日本 🙂\n\ttabs", "a_b  c__d 12,5!?"]
+    tokenizer = Tokenizer.train(texts * 3, 300)
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([BOS, *tokenizer.encode("the"), EOS, PAD]) == "the"
+    few = Tokenizer.train(["aaab aaab ab"], 261)  # ab: 3, aa: 4
+    assert few.merges == [(3 + 97, 3 + 97), (3 + 97, 3 + 98)]
+    assert len(Tokenizer.train(texts, 300).encode(texts[0])) < len(texts[0])
+
+
+def test_rlhf_19_left_padding_changes_nothing():
+    lm, rows = random_lm(), [[0, 5, 6, 7, 8], [0, 9], [0, 3, 4]]
+    padded = lm.logits(lm.hidden(*ppo_rlhf.pad_rows(rows, True)))
+    for row, logits in zip(rows, padded, strict=True):
+        alone = lm.logits(lm.hidden(*ppo_rlhf.pad_rows([row], True)))[0]
+        torch.testing.assert_close(logits[-len(row) :], alone, atol=2e-6, rtol=1e-5)
+
+
+def test_cache_changes_nothing():
+    lm = random_lm()
+    tokens, mask = ppo_rlhf.pad_rows([[0, 5, 6, 7, 8, 9], [0, 9, 3]], True)
+    cache = lm.make_cache(2, 6)
+    parts = [lm.hidden(tokens[:, a:b], mask[:, :b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], lm.hidden(tokens, mask)[mask], atol=2e-6, rtol=1e-5)
+
+
+def test_rlhf_21_samples_come_from_the_whole_distribution():
+    agent = Agent(random_lm(), 1.0)
+    tokens, mask = ppo_rlhf.pad_rows([[0, 5]] * 20_000, True)
+    uniform = torch.as_tensor(np.random.default_rng(1).random((20_000, 1)))
+    sampled = ppo_rlhf.generate(agent, tokens, mask, uniform, True).tokens[:, -1]
+    expected = agent.policy(agent.lm.hidden(tokens[:1], mask[:1])[0, -1]).exp().detach()
+    assert expected.min() < 0.01  # the unlikely ones come, too
+    torch.testing.assert_close(torch.bincount(sampled, minlength=30) / 20_000, expected, atol=0.01, rtol=0)
+
+
+def test_rlhf_16_rlhf_18_a_response_ends_at_its_end_token():
+    agent = Agent(random_lm(), 1.0)
+    tokens, mask = ppo_rlhf.pad_rows([[0, i] for i in range(3, 23)], True)
+    uniform = torch.as_tensor(np.random.default_rng(0).random((20, 20)))
+    stopped, going_on = (ppo_rlhf.generate(agent, tokens, mask, uniform, stop) for stop in (True, False))
+    for row, valid in zip(stopped.tokens[:, 2:].tolist(), stopped.valid.tolist(), strict=True):
+        end = row.index(EOS) if EOS in row else len(row) - 1
+        assert valid == [t <= end for t in range(len(row))]
+        assert set(row[end + 1 :]) <= {PAD}
+    assert torch.equal(stopped.mask[:, 2:], stopped.valid)
+    assert going_on.valid.all() and going_on.valid.shape[1] == 20
+    same = stopped.valid  # up to the end token both are the same
+    width = same.shape[1]
+    assert torch.equal(stopped.tokens[:, 2:][same], going_on.tokens[:, 2 : 2 + width][same])
+
+
+def test_rlhf_18_generation_stops_when_all_have_ended():
+    agent = Agent(random_lm(), 1.0)
+    agent.lm.logits = lambda hidden: 100.0 * torch.nn.functional.one_hot(torch.full(hidden.shape[:-1], EOS), 30)
+    prompts = ppo_rlhf.pad_rows([[0, 3], [0, 4, 5]], True)
+    assert ppo_rlhf.generate(agent, *prompts, torch.full((2, 20), 0.5).double(), True).valid.shape == (2, 1)
+    assert ppo_rlhf.generate(agent, *prompts, torch.full((2, 20), 0.5).double(), False).valid.shape == (2, 20)
+
+
+def test_rlhf_22_no_dropout():
+    agent = Agent(random_lm(), 1.0).train()
+    tokens, mask = ppo_rlhf.pad_rows([[0, 5, 6, 7]], True)
+    assert torch.equal(agent(tokens, mask, 2).logprob, agent(tokens, mask, 2).logprob)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rlhf_20_rlhf_23_first_ratio_is_1(temperature):
+    """The sampler, the old log-probability and the update agree at any temperature."""
+    _, _, runner, agent = start(temperature=temperature)
+    rollout = runner.play(agent, 1)
+    batch, measures = ppo_rlhf.make_batch(agent, rollout, runner)
+    assert measures["logprob_gap"] < 1e-5
+    part = Batch(*(x[3:6] for x in batch))
+    ratio = (agent(part.tokens, part.mask, part.valid.shape[1]).logprob - part.logprob).exp()
+    torch.testing.assert_close(ratio * part.valid, part.valid, atol=1e-5, rtol=0)
+    assert measures["kl"] == pytest.approx(0, abs=1e-5)  # the policy is still the reference
+    agent.temperature = 1.3
+    assert ((agent(*batch[:2], batch.valid.shape[1]).logprob - batch.logprob) * batch.valid).abs().max() > 0.01
+
+
+# rewards
+
+
+def test_rlhf_01_rlhf_02_penalty_at_every_token_and_score_at_the_last():
+    valid = torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    penalty = torch.arange(12.0).view(3, 4)
+    rewards, last = ppo_rlhf.place_rewards(penalty, torch.tensor([10.0, 20, 30]), valid)
+    assert rewards.tolist() == [[0, -1, 10 - 2, 0], [-4, -5, -6, 20 - 7], [30 - 8, 0, 0, 0]]
+    assert last.tolist() == [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+
+
+def test_rlhf_01_the_penalty_is_the_log_ratio():
+    _, _, runner, agent = start(kl_coef=0.3, gae_lambda=1.0, norm_adv="none")
+    agent.lm.embedding.weight.data += 0.05 * torch.randn_like(agent.lm.embedding.weight)
+    rollout = runner.play(agent, 1)
+    batch, measures = ppo_rlhf.make_batch(agent, rollout, runner)
+    tokens, mask, valid, _ = rollout.responses
+    with torch.no_grad():
+        logratio = (batch.logprob - runner.reference(tokens, mask, valid.shape[1]).logprob) * valid
+    # with lambda 1 the return of the first token is the score minus beta times the whole log ratio
+    torch.testing.assert_close(batch.return_[:, 0], rollout.scores - 0.3 * logratio.sum(1), atol=1e-4, rtol=1e-4)
+    assert measures["kl"] == pytest.approx(logratio.sum(1).mean().item(), rel=1e-4)
+    assert measures["kl_k3"] >= 0
+
+
+def exact_share(tmp_path: Path, *flags: str) -> float:
+    """Runs benchmarks/exact.py in this process."""
+    names = ("load_models", "make_score", "make_vader")
+    kept, argv = {name: getattr(ppo_rlhf, name) for name in names}, sys.argv[:]
+    evaluate = ppo_rlhf.Runner.evaluate
+    try:
+        exact.main(["--run-dir", str(tmp_path / "exact"), *flags])
+    finally:
+        ppo_rlhf.Runner.evaluate, sys.argv[:] = evaluate, argv
+        for name, value in kept.items():
+            setattr(ppo_rlhf, name, value)
+    return json.loads((tmp_path / "exact" / "evaluation.json").read_text())["share"]
+
+
+@pytest.mark.parametrize(("estimator", "low", "high"), [("k1", 0.95, 1.0), ("k3", -math.inf, 0.8)])
+def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
+    """Six tokens, all responses listed: k1 reaches the best policy, k3 as a reward does not. The suite has five seeds."""
+    flags = ["--total-timesteps", str(50 * 128 * 3), "--num-envs", "128", "--num-minibatches", "2", "--learning-rate", "5e-3"]
+    assert low <= exact_share(tmp_path, "--kl-estimator", estimator, *flags) <= high
+
+
+def test_rlhf_04_adaptive_coefficient():
+    _, _, runner, _ = start(kl_target=6.0, kl_horizon=100.0)
+    runner.control_kl(6.6)
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100))
+    runner.control_kl(600)
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100))
+    runner.control_kl(0)
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100) * (1 - 0.2 * 8 / 100))
+    fixed = start()[2]
+    fixed.control_kl(600)
+    assert fixed.kl_coef == 0.05
+
+
+def test_rlhf_05_scores_are_normalized_on_the_reference():
+    args, _, runner, agent = start()
+    runner.measure_scores()
+    rng = np.random.default_rng([args.seed, 2**31])
+    rows = [runner.prompts[i] for i in rng.integers(len(runner.prompts), size=256)]
+    scores = [score for _, _, score in runner.respond(agent, rows, rng).texts]
+    assert np.mean(scores) == pytest.approx(0, abs=1e-6)
+    assert np.std(scores) == pytest.approx(1, abs=1e-6)
+    off = start(norm_score=False)[2]
+    off.measure_scores()
+    assert (off.score_mean, off.score_std) == (0, 1)
+
+
+def test_rlhf_06_rlhf_07_whitening_against_numpy():
+    _, _, runner, agent = start(whiten_rewards=True, gae_lambda=0.0, gamma=0.0, norm_adv="none")
+    rollout = runner.play(agent, 1)
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    valid = batch.valid.bool()
+    _, _, other, same = start(gae_lambda=0.0, gamma=0.0, norm_adv="none")
+    raw = ppo_rlhf.make_batch(same, other.play(same, 1), other)[0].return_[valid].numpy()  # the rewards themselves
+    np.testing.assert_allclose(batch.return_[valid], raw.mean() + (raw - raw.mean()) / raw.std(), atol=1e-4)
+    normalized = ppo_rlhf.normalize_advantages(batch.advantage, batch.valid)[valid].numpy()
+    assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_rlhf_11_rlhf_13_heads():
+    _, _, runner, agent = start()
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    assert (batch.value == 0).all()
+    torch.manual_seed(0)
+    lm = GPT(10, 1024, 1, 8)
+    head = RewardModel(lm, "last", "original").head
+    assert head.weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1) and head.bias.item() == 0
+    assert RewardModel(lm, "last", "torch").head.bias.item() != 0
+    assert start(head_init="torch")[3].value_head.weight.abs().sum() > 0
+
+
+def test_rlhf_12_separate_value_network_begins_as_the_reward_model():
+    args = tiny(value="separate", total_timesteps=64)
+    ppo_rlhf.train(args)
+    _, models, runner, agent = start(value="separate")
+    runner.measure_scores()
+    ppo_rlhf.begin_value(agent, models, runner)
+    rows = [ppo_rlhf.frame(models.tokenizer, "the film is good and bad to me")]
+    tokens, mask = ppo_rlhf.pad_rows(rows, False)
+    value = agent.value(agent.value_lm.hidden(tokens, mask))[0, -1].item()
+    score = (models.reward_model.score(rows)[0] - runner.score_mean) / runner.score_std
+    assert value == pytest.approx(score, abs=1e-4)
+    assert agent.value_lm is not agent.lm
+
+
+def test_rlhf_14_reward_model_reads_the_last_token():
+    torch.manual_seed(0)
+    model = RewardModel(random_lm(), "last", "original")
+    rows = [[0, 5, 6, 7, EOS], [0, 5, EOS]]
+    both = model(*ppo_rlhf.pad_rows(rows, False))
+    for row, score in zip(rows, both, strict=True):
+        hidden = model.lm.hidden(*ppo_rlhf.pad_rows([row], False))
+        torch.testing.assert_close(score, model.head(hidden[0, -1])[0])
+    model.pool = "mean"
+    hidden = model.lm.hidden(*ppo_rlhf.pad_rows(rows[1:], False))
+    torch.testing.assert_close(model(*ppo_rlhf.pad_rows(rows, False))[1], model.head(hidden[0]).mean())
+
+
+def test_rlhf_15_what_fills_the_padding_is_never_read():
+    args, models, runner, agent = start()
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    filled = batch._replace(tokens=torch.where(batch.mask, batch.tokens, EOS))
+    assert not torch.equal(filled.tokens, batch.tokens)
+    other = ppo_rlhf.make_agent(args, models)
+    assert torch.equal(update_once(args, models, agent, batch), update_once(args, models, other, filled))
+
+
+def test_rlhf_17_rlhf_32_score_without_an_end_and_limits():
+    _, _, runner, agent = start(score_clip=0.5, norm_score=False, env="words:score", num_steps=4)
+    rollout = runner.play(agent, 1)
+    counts = torch.tensor([float(response.count("o")) for _, response, _ in rollout.texts])
+    assert not rollout.ended.all()
+    assert rollout.scores.tolist() == torch.where(rollout.ended, counts.clamp(-0.5, 0.5), -1.0).tolist()
+    _, _, own, same = start(no_eos_score=None, norm_score=False, env="words:score", num_steps=4)
+    assert own.play(same, 1).scores.tolist() == counts.tolist()
+
+
+# update
+
+
+def test_rlhf_24_update_is_adam_with_its_epsilon():
+    args, models, runner, agent = start(max_grad_norm=math.inf, adam_eps=1e-2)
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    other = ppo_rlhf.make_agent(args, models)
+    theta = update_once(args, models, agent, batch)
+    optimizer = torch.optim.Adam(other.parameters(), lr=1e-3, eps=1e-2)
+    clip = torch.tensor(args.clip_coef)
+    loss, _ = ppo_rlhf.ppo_loss(other(*batch[:2], batch.valid.shape[1]), batch, clip, args.vf_coef, args.ent_coef)
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(theta, torch.nn.utils.parameters_to_vector(other.parameters()).detach(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+def test_rlhf_27_rlhf_30_micro_batches_change_nothing(norm_adv):
+    """The mean is over all tokens of the minibatch, also where its parts have different numbers of tokens."""
+    thetas = []
+    for micro_batch in (0, 3):
+        args, models, runner, agent = start(micro_batch=micro_batch, norm_adv=norm_adv, adam_eps=1e-2, ent_coef=0.1)
+        batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+        assert len(set(batch.valid.sum(1).tolist())) > 1
+        thetas.append(update_once(args, models, agent, batch))
+    torch.testing.assert_close(*thetas, atol=1e-6, rtol=1e-5)
+
+
+def test_rlhf_33_ptx_adds_the_supervised_gradient():
+    args, models, runner, agent = start(
+        ptx_coef=0.7, max_grad_norm=math.inf, adam_eps=1e6
+    )  # a step is then rate * gradient / eps
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    before = flat(agent).clone()
+    torch.manual_seed(3)
+    with_ptx = (update_once(args, models, agent, batch, 1e6) - before).double()
+    plain_args, _, _, plain = start(max_grad_norm=math.inf, adam_eps=1e6)
+    without = (update_once(plain_args, models, plain, batch, 1e6) - before).double()
+    torch.manual_seed(3)
+    rows = [models.texts[i] for i in torch.randint(len(models.texts), (8,)).tolist()]
+    fresh = ppo_rlhf.make_agent(args, models)
+    (0.7 * ppo_rlhf.language_loss(fresh.lm, *ppo_rlhf.pad_rows(rows, False))).backward()
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in fresh.parameters()])
+    torch.testing.assert_close(with_ptx - without, -gradient.double(), atol=1e-4, rtol=1e-2)
+
+
+def test_rlhf_35_warmup_leaves_the_policy_alone():
+    args, models, runner, agent = start(value="separate")
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    policy, value = ([p.clone() for p in part.parameters()] for part in (agent.lm, agent.value_head))
+    update_once(args, models, agent, batch, warmup=1)
+    assert all(torch.equal(a, b) for a, b in zip(policy, agent.lm.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(value, agent.value_head.parameters(), strict=True))
+
+
+def test_rlhf_36_prompts_are_used_up_and_reshuffled():
+    _, _, runner, _ = start()
+    runner.prompts = [[BOS, i] for i in range(20)]
+    picked = [row[1] for iteration in range(1, 6) for row in runner.pick_prompts(iteration)]
+    assert sorted(picked[:20]) == sorted(picked[20:40]) == list(range(20))
+    assert picked[:20] != picked[20:40]
+
+
+def test_rlhf_37_evaluation_near_greedy():
+    _, _, runner, agent = start(eval_temperature=0.001)
+    _, first = runner.evaluate(agent)
+    runner.args.seed = 2
+    assert [response for _, response, _ in first] == [response for _, response, _ in runner.evaluate(agent)[1]]
+    assert agent.temperature == 1
+
+
+# every flag does something
+
+
+OFF = {
+    "rlhf 01": {"kl_coef": 0.0},
+    "rlhf 03": {"kl_estimator": "k3"},
+    "rlhf 04": {"kl_target": 0.01, "kl_horizon": 10.0},
+    "rlhf 05": {"norm_score": False},
+    "rlhf 06": {"whiten_rewards": True},
+    "rlhf 07": {"norm_adv": "none"},
+    "rlhf 07 minibatch": {"norm_adv": "minibatch"},
+    "rlhf 08": {"gae_lambda": 1.0},
+    "rlhf 08 gamma": {"gamma": 0.9},
+    "rlhf 09": {"clip_vloss": False},
+    "rlhf 10": {"vf_coef": 1.0},
+    "rlhf 11": {"head_init": "torch"},
+    "rlhf 12": {"value": "separate"},
+    "rlhf 14": {"reward_pool": "mean"},
+    "rlhf 16": {"stop_at_eos": False},
+    "rlhf 17": {"no_eos_score": None},
+    "rlhf 20": {"temperature": 0.7},
+    "rlhf 24": {"adam_eps": 1e-8},
+    "rlhf 25": {"anneal_lr": False},
+    "rlhf 26": {"update_epochs": 1},
+    "rlhf 26 minibatches": {"num_minibatches": 1},
+    "rlhf 28": {"clip_coef": 0.01},
+    "rlhf 28 off": {"clip_policy": False},
+    "rlhf 29": {"ent_coef": 0.01},
+    "rlhf 32": {"score_clip": 0.1},
+    "rlhf 33": {"ptx_coef": 1.0},
+    "rlhf 35": {"value_warmup": 1},
+    "bfloat16": {"precision": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def default_theta(tmp_path_factory):
+    return {}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_every_flag_changes_what_is_learned(name, default_theta):
+    few = {"total_timesteps": 3 * 64, "eval_episodes": 0, "checkpoint_every": 100, "learning_rate": 5e-3, "clip_coef": 0.05}
+    if not default_theta:
+        ppo_rlhf.train(tiny("default", **few))
+        default_theta["theta"] = read_checkpoint("default")["theta"]
+    ppo_rlhf.train(tiny("changed", **(few | OFF[name])))
+    assert not equal(read_checkpoint("changed")["theta"], default_theta["theta"])
+
+
+def test_rlhf_25_rlhf_26_schedule():
+    ppo_rlhf.train(tiny())
+    records = read_jsonl("run/metrics.jsonl")[1:]
+    assert [record["charts/learning_rate"] for record in records] == [5e-4 * (1 - i / 4) for i in range(4)]
+    assert read_checkpoint("run")["adam"][2].item() == 4 * 2 * 2  # iterations, epochs, minibatches
+
+
+def test_rlhf_34_run_ends_at_a_kl():
+    ppo_rlhf.train(tiny(max_kl=0.05, learning_rate=1e-2, total_timesteps=20 * 64))
+    *others, last = (record["charts/kl"] for record in read_jsonl("run/metrics.jsonl")[1:])
+    assert last > 0.05 and max(others) <= 0.05 and len(others) < 19
+    assert read_checkpoint("run")["iteration"] == len(others) + 1
+
+
+# the whole
+
+
+def test_learns_a_reward_function():
+    changes = {"total_timesteps": 20 * 16 * 8, "num_envs": 16, "learning_rate": 5e-3, "kl_coef": 0.01, "no_eos_score": None}
+    ppo_rlhf.train(tiny(env="words:score", eval_episodes=32, **changes))
+    first, *_, last = read_jsonl("run/evaluations.jsonl")
+    assert last["score"] > first["score"] + 0.7
+
+
+def test_run_directory_and_console(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *words()])
+    ppo_rlhf.main()
+    out = capsys.readouterr()
+    assert "before:" in out.out and "after:" in out.out and "kl:" in out.out
+    assert "supervised model:" in out.err and "reward model: agrees" in out.err
+    files = {"metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl", "evaluation.json", "checkpoint.pt"}
+    assert {path.name for path in Path("run").iterdir()} == files | {"models.pt", "ppo_rlhf.py"}
+    assert [record["iteration"] for record in read_jsonl("run/evaluations.jsonl")] == [0, 4]
+    measured = json.loads(Path("run/evaluation.json").read_text())
+    assert measured["kl"] == read_jsonl("run/evaluations.jsonl")[-1]["kl"]  # the same prompts, the same random numbers
+    assert len(read_jsonl("run/episodes.jsonl")) == 4 * 8
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", "--evaluate", "run", "--eval-episodes", "2"])
+    Path("texts.tsv").unlink()  # the run directory holds what it needs
+    ppo_rlhf.main()
+    assert len(json.loads(Path("run/evaluation.json").read_text())["returns"]) == 2
+
+
+def test_same_seed_same_bits():
+    for name in ("a", "b"):
+        ppo_rlhf.train(tiny(name))
+    assert equal(read_checkpoint("a")["theta"], read_checkpoint("b")["theta"])
+    assert read_metrics("a") == read_metrics("b")
+
+
+def child(flags: list[str]):
+    sys.argv = ["ppo_rlhf.py", *flags]
+    ppo_rlhf.main()
+
+
+def test_killed_and_resumed_run_ends_with_the_same_bits():
+    whole = {"total_timesteps": 10 * 64, "kl_target": 1.0}
+    ppo_rlhf.train(tiny("whole", **whole))
+    process = multiprocessing.get_context("fork").Process(target=child, args=(words(run_dir="killed", **whole),))
+    process.start()
+    while not (Path("killed/metrics.jsonl").is_file() and len(Path("killed/metrics.jsonl").read_text().splitlines()) > 4):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    done = read_checkpoint("killed")["iteration"]
+    assert 0 < done < 10
+    ppo_rlhf.train(Args(**(read_checkpoint("killed")["args"] | {"resume": "killed", "run_dir": "killed"})))
+    for name in ("theta", "adam", "kl_coef", "score_mean", "recent_returns"):
+        assert equal(read_checkpoint("killed")[name], read_checkpoint("whole")[name]), name
+    for name in ("episodes.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
+    assert read_metrics("killed")[1:] == read_metrics("whole")[1:]
+
+
+# models of transformers, which is optional
+
+
+def save_pretrained(folder: str, family: str, **changes):
+    """A tiny model of random weights, and a tokenizer of whole words, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<unk>", "<end>", "the", "film", "is", "and", "to", "me", *GOOD, *BAD])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
+    own.save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1, "do_layer_norm_before": True}
+    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **sizes | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return config
+
+
+FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma3_text", "opt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretrained_model(family, monkeypatch):
+    """Padding on the left and the cache change no logits (checked while loading), the first ratio is 1, and it trains."""
+    save_pretrained("lm", family)
+    Path("prompts.txt").write_text("the film is\nis the film good and\nthe\n")
+    changes = {"model": "lm", "prompts": "prompts.txt", "env": "words:score", "data": "", "total_timesteps": 2 * 64}
+    args, models, runner, agent = start(**changes)
+    rollout = runner.play(agent, 1)
+    batch, measures = ppo_rlhf.make_batch(agent, rollout, runner)
+    assert measures["logprob_gap"] < 1e-5 and measures["kl"] == pytest.approx(0, abs=1e-5)
+    before = flat(agent).clone()
+    assert not torch.equal(before, update_once(args, models, agent, batch))
+    ppo_rlhf.train(tiny(**changes))
+    evaluated = ppo_rlhf.evaluate(tiny(**changes), read_checkpoint("run"))
+    assert len(evaluated["returns"]) == 3 and not evaluated["problems"]
+
+
+def test_pretrained_models_that_are_refused(monkeypatch):
+    save_pretrained("capped", "gemma2", final_logit_softcapping=0.01)
+    Path("prompts.txt").write_text("the film is\n")
+    given = {"prompts": "prompts.txt", "env": "words:score", "data": ""}
+    with pytest.raises(UsageError, match="the model capped gives other logits when padded on the left: this script cannot"):
+        start(model="capped", **given)
+    (Path("capped") / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"cannot load the model capped: .*no file named"):
+        start(model="capped", **given)
+    with pytest.raises(UsageError, match=r"cannot load the model ./nowhere"):
+        start(model="./nowhere", **given)
+
+
+def test_pretrained_reward_model():
+    """A classifier of another family and tokenizer than the policy's."""
+    config = save_pretrained("rm", "llama", num_labels=1)
+    transformers = pytest.importorskip("transformers")
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    classifier.save_pretrained("rm")
+    score = ppo_rlhf.load_classifier("rm", "cpu")
+    tokens = transformers.AutoTokenizer.from_pretrained("rm")("the film is good", return_tensors="pt")
+    alone = classifier.eval()(**tokens).logits.item()
+    both = score(["the film is", "the film is bad"], [" good", " and sad and awful"])
+    assert both[0] == pytest.approx(alone, abs=1e-5) and both[0] != both[1]
+    ppo_rlhf.train(tiny(reward_model="rm", total_timesteps=64))
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    Path("prompts.txt").write_text("the film is\n")
+    with pytest.raises(UsageError, match="need transformers: pip install transformers"):
+        start(model="lm", prompts="prompts.txt", env="words:score", data="")
+
+
+# ranks
+
+
+def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
+    changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64}
+    ppo_rlhf.train(tiny("one", **changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
+    flags = words(run_dir="two", num_envs=4, **changes)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory: two") == 1
+    one, two = (read_checkpoint(name) for name in ("one", "two"))
+    torch.testing.assert_close(one["theta"], two["theta"], atol=1e-5, rtol=1e-4)
+    assert read_jsonl("one/episodes.jsonl") == [pytest.approx(episode) for episode in read_jsonl("two/episodes.jsonl")]
+    with pytest.raises(UsageError, match="the run has 2 rank"):
+        ppo_rlhf.train(Args(**(two["args"] | {"resume": "two"})))
+
+
+# bad input
+
+
+def write_function(body: str):
+    Path("own.py").write_text(f"def score(prompts, responses):\n    {body}\n")
+    sys.modules.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--env", "humans"], "unknown reward humans: use human, labels, vader, or a function of yours, my_module:score"),
+        (["--reward", "no_module:score"], "cannot load the reward function no_module:score: ModuleNotFoundError"),
+        (["--reward", "words:other"], "cannot load the reward function words:other: AttributeError"),
+        (["--prompts", "nothing.txt"], "prompts nothing.txt cannot be read: No such file or directory"),
+        (["--prompts", "empty.txt"], "prompts empty.txt has no lines"),
+        (["--prompts", "latin.txt"], "prompts latin.txt is not UTF-8: byte 1"),
+        (["--prompts", "long.txt"], "the longest prompt and num_steps = 8 make"),
+        (["--data", "unrated.txt"], "human ratings are missing"),
+        (["--data", "wrong.txt"], "data wrong.txt: before the tab there must be numbers, not 'good'"),
+        (["--data", "one.txt"], "data needs at least two texts"),
+        (["--num-minibatches", "3"], "num_envs = 8 responses do not divide into num_minibatches = 3: change one of them"),
+        (["--model", "lm"], "model needs prompts: give --prompts FILE"),
+        (["--model", "lm", "--prompts", "long.txt"], "model needs a reward of its own: --reward my_module:score"),
+        (["--width", "33"], "width is 33: it must be a multiple of 32"),
+        (["--vocabulary", "100"], "vocabulary is 100: it must be at least 259"),
+        (["--temperature", "0"], "temperature is 0.0: it must be above 0"),
+        (["--no-eos-score", "nan"], "no_eos_score is nan: it must be finite, or None"),
+        (["--resume", "nowhere"], "there is no checkpoint nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, sentence, capsys, monkeypatch):
+    Path("empty.txt").write_text("\n\n")
+    Path("latin.txt").write_bytes(b"a\xe9b")
+    Path("long.txt").write_text("good " * 200)
+    Path("unrated.txt").write_text("".join(f"the film is good and dull number {i}\n" for i in range(30)))
+    Path("wrong.txt").write_text("good\ttext\n")
+    Path("one.txt").write_text("1,2\ttext\n")
+    given = [] if "--resume" in flags else words()
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *given, *flags])
+    with pytest.raises(SystemExit) as stop:
+        ppo_rlhf.main()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and told.startswith(f"ppo_rlhf.py: error: {sentence}"), told
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "sentence"),
+    [
+        ("return [1.0]", 2, "error: the reward own:score returned 1 numbers for"),
+        ("return None", 2, "error: the reward own:score returned None: it must return a list of numbers"),
+        ("return ['x'] * len(responses)", 2, "error: the reward own:score returned ['x'"),
+        ("return [float('nan')] * len(responses)", 1, "stopped: the reward own:score returned nan for the response"),
+        ("raise ValueError('no')", 2, "error: the reward own:score raised ValueError('no')"),
+    ],
+)
+def test_bad_reward_function_is_one_sentence(body, code, sentence, capsys, monkeypatch):
+    write_function(body)
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *words(env="own:score")])
+    with pytest.raises(SystemExit) as stop:
+        ppo_rlhf.main()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == code and told.startswith(f"ppo_rlhf.py: {sentence}"), told
+
+
+def test_evaluating_does_not_run_foreign_code(capsys, monkeypatch):
+    ppo_rlhf.train(tiny(env="words:score"))
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", "--evaluate", "run"])
+    with pytest.raises(SystemExit):
+        ppo_rlhf.main()
+    assert "if you trust it, add --env words:score" in capsys.readouterr().err
+
+
+def test_damaged_archive_and_missing_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UsageError, match="pip could not fetch vaderSentiment, which holds the ratings"):
+        ppo_rlhf.load_sentences(tiny(data=""))
+    (tmp_path / "other" / "ppo_rlhf" / ppo_rlhf.SDIST).write_bytes(b"something else")
+    with pytest.raises(UsageError, match="is not the file of that name that this script knows: delete it"):
+        ppo_rlhf.load_sentences(tiny(data=""))
+
+
+def test_comparisons_follow_the_votes():
+    sentences = [ppo_rlhf.Sentence("up", [3.0, 3.0]), ppo_rlhf.Sentence("down", [-3.0]), ppo_rlhf.Sentence("unrated", [])]
+    pairs = ppo_rlhf.compare_by_people(sentences, 20, np.random.default_rng(0))
+    assert Counter(pairs) == {("up", "down"): 20}
+    assert ppo_rlhf.agreement([1, 2, 3], [1, 2, 2]) == 1 and ppo_rlhf.agreement([3, 2, 1], [1, 2, 2]) == 0
+
+
+def test_scores_must_be_finite():
+    with pytest.raises(NonFiniteError):
+        ppo_rlhf.call_score("x", lambda prompts, responses: [math.inf], ["a"], ["b"])
+
+
+def test_distinct_pairs():
+    assert ppo_rlhf.distinct_pairs(["a b a b", "a b"]) == 2 / 4
+    assert list(itertools.pairwise("ab")) == [("a", "b")]
+
+
+def test_details_name_functions_and_tests_that_exist():
+    details = (Path(__file__).parents[1] / "DETAILS.md").read_text()
+    rows = {line.split("`")[1]: line.strip("| ").split(" | ") for line in details.splitlines() if line.startswith("| `rlhf ")}
+    script = Path(ppo_rlhf.__file__).read_text()
+    tags = set(re.findall(r"\[(rlhf \d\d)\]", script))
+    assert set(rows) == tags
+    for cells in rows.values():
+        for name in re.findall(r"`([\w.]+)`", cells[-2]):
+            assert functools.reduce(getattr, name.split("."), ppo_rlhf), name
+        for name in re.findall(r"`(\w+)`", cells[-1]):
+            assert name in globals(), name
+        for flag in re.findall(r"`--([a-z-]+)", cells[2]):
+            field = flag.replace("-", "_")
+            assert {field, field.removeprefix("no_")} & set(Args.__dataclass_fields__), flag
+
+
+@pytest.mark.slow  # fetches 2.4 MB through pip
+def test_built_in_ratings():
+    sentences = ppo_rlhf.load_sentences(tiny(data=""))
+    rated = [s for s in sentences if s.votes]
+    assert (len(rated), len(sentences)) == (10_605, 10_605 + 3_708)
+    assert np.mean([len(s.votes) for s in rated]) == pytest.approx(18.7, abs=0.1)
+    assert all(-4 <= vote <= 4 for s in rated for vote in s.votes)
+    good, bad = ppo_rlhf.make_vader()(["the film is ", "the film is "], ["a great joy", "a sad mess"])
+    assert good > 0.5 and bad < -0.3
