@@ -103,6 +103,7 @@ Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per c
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
 Whole = Annotated[int, ("be at least 0", lambda x: x >= 0), ("be at most 2147483647", lambda x: x < 2**31)]
+Steps = Annotated[int, ("be below 2**63", lambda x: x < 2**63)]
 Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
 Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
 OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
@@ -123,7 +124,7 @@ class Args:
     model: str = ""
     reward_model: str = ""  # a sequence classifier of transformers that scores, in place of --env; it has its own tokenizer
     seed: Seed = 1  # seed of all models, samples and minibatches, at least 0
-    total_timesteps: int = 122_880  # tokens of all responses, unused places too; rounded down to whole iterations
+    total_timesteps: Steps = 122_880  # tokens of all responses, unused places too; rounded down to whole iterations
     run_dir: str = ""  # directory of the run; empty: runs/<script>__<env>__<seed>__<time>
     checkpoint_every: Count = 10  # iterations between checkpoints, at least 1
     checkpoint_minutes: Limit = math.inf  # a checkpoint also after so many minutes; the run then depends on the clock
@@ -1487,7 +1488,9 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
         if saved.is_floating_point() and not saved.isfinite().all():
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
-    elif not isinstance(saved, float | int if isinstance(expected, float) else type(expected)):
+    elif (isinstance(expected, list) and isinstance(saved, list) and not all(isinstance(x, float | int) for x in saved)) or (
+        not isinstance(saved, float | int if isinstance(expected, float) else type(expected))
+    ):
         raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
@@ -1568,7 +1571,7 @@ class Run:
         self.spaces, saved = spaces, self.checkpoint
         if saved is None:
             return 0
-        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {}}, spaces)
+        check_checkpoint(saved, state | {"iteration": 0, "log_sizes": dict.fromkeys(LOGS, 0)}, spaces)
         if self.args.total_timesteps < saved["global_step"]:
             raise UsageError(
                 f"total_timesteps is {self.args.total_timesteps}, but the run has done {saved['global_step']}: raise it"
@@ -1584,6 +1587,7 @@ class Run:
     def make_directory(self):
         """A new directory, or one in which a run was killed before its first checkpoint."""
         own = {*LOGS, "checkpoint.tmp", Path(__file__).name, "wandb"}
+        made = not self.dir.exists()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1594,6 +1598,8 @@ class Run:
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
         except OSError as error:
+            if made:
+                shutil.rmtree(self.dir, ignore_errors=True)
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
     def open(self, state: dict):
@@ -1968,6 +1974,8 @@ def main():
     for stream in ("stdout", "stderr"):  # closed by >&-
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))
+        elif isinstance(getattr(sys, stream), io.TextIOWrapper):  # a path may have letters that a terminal has not
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
         args, checkpoint = parse_args(sys.argv[1:])
         evaluation = evaluate(args, checkpoint) if checkpoint and args.evaluate else train(args)["evaluation"]
