@@ -373,11 +373,12 @@ def test_samples_follow_a_policy_that_is_far_from_uniform():
 
 
 @pytest.mark.parametrize("env", ["RandomEndsBox-v0", "RandomEndsDouble-v0", "envs:Point-v0"])
-@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
-def test_gaussian_policy_of_separate_networks_is_that_of_ppo_continuous(env, norm_adv):
+@pytest.mark.parametrize(("norm_adv", "clip_actions"), [("minibatch", True), ("batch", True), ("batch", False)])
+def test_gaussian_policy_of_separate_networks_is_that_of_ppo_continuous(env, norm_adv, clip_actions):
     """To the last bit, with the flags of that script: parameters, statistics, losses, episodes, evaluation."""
     flags = TINY | {"env": env, "norm_obs": "step", "clip_obs": 10.0, "clip_reward": 10.0, "ent_coef": 0.0, "num_steps": 32}
-    flags |= {"norm_adv": norm_adv, "checkpoint_every": 2, "total_timesteps": 5 * 128, "eval_deterministic": False}
+    flags |= {"norm_adv": norm_adv, "clip_actions": clip_actions}
+    flags |= {"checkpoint_every": 2, "total_timesteps": 5 * 128, "eval_deterministic": False}
     train(Args(**flags | {"run_dir": "ours", "share_params": False, "eval_episodes": 6}))
     ppo_continuous.train(ppo_continuous.Args(**flags | {"run_dir": "base", "eval_episodes": 6}))
     ours, base = read_checkpoint("ours"), read_checkpoint("base")
