@@ -372,8 +372,11 @@ def test_samples_follow_a_policy_that_is_far_from_uniform():
 # Gaussian policy
 
 
-@pytest.mark.parametrize("env", ["RandomEndsBox-v0", "RandomEndsDouble-v0", "envs:Point-v0"])
-@pytest.mark.parametrize(("norm_adv", "clip_actions"), [("minibatch", True), ("batch", True), ("batch", False)])
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+@pytest.mark.parametrize(
+    ("env", "clip_actions"),
+    [("RandomEndsBox-v0", True), ("RandomEndsDouble-v0", True), ("envs:Point-v0", True), ("envs:Point-v0", False)],
+)
 def test_gaussian_policy_of_separate_networks_is_that_of_ppo_continuous(env, norm_adv, clip_actions):
     """To the last bit, with the flags of that script: parameters, statistics, losses, episodes, evaluation."""
     flags = TINY | {"env": env, "norm_obs": "step", "clip_obs": 10.0, "clip_reward": 10.0, "ent_coef": 0.0, "num_steps": 32}
