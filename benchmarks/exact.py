@@ -88,11 +88,17 @@ def measure(runner: Runner, agent: Agent) -> tuple[dict[str, float], list]:
 
 def main(words: list[str]):
     replaced: dict[str, Any] = {"load_models": make_models, "make_score": make_score, "make_vader": lambda: None}
-    for name, replacement in replaced.items():
-        setattr(ppo_rlhf, name, replacement)
-    setattr(ppo_rlhf.Runner, "evaluate", measure)  # noqa: B010
-    sys.argv[1:] = [*FLAGS, *words]
-    ppo_rlhf.main()
+    kept = {name: getattr(ppo_rlhf, name) for name in replaced}, ppo_rlhf.Runner.evaluate
+    try:
+        for name, replacement in replaced.items():
+            setattr(ppo_rlhf, name, replacement)
+        setattr(ppo_rlhf.Runner, "evaluate", measure)  # noqa: B010
+        sys.argv[1:] = [*FLAGS, *words]
+        ppo_rlhf.main()
+    finally:  # the module may be used for something else in this process
+        for name, original in kept[0].items():
+            setattr(ppo_rlhf, name, original)
+        setattr(ppo_rlhf.Runner, "evaluate", kept[1])  # noqa: B010
 
 
 if __name__ == "__main__":

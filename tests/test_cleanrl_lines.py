@@ -110,7 +110,6 @@ REFUSED = [
     ("--upload-model", r"--upload-model.*upload"),
     ("--hf-entity cleanrl", r"--hf-entity.*upload"),
     ("--save-model --upload-model --hf-entity cleanrl", r"upload"),
-    ("--gym-id Hopper-v4", r"--env"),
 ]
 
 

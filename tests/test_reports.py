@@ -325,9 +325,9 @@ def test_sizes_beyond_the_machine_are_refused(cli, name, size):
 
 
 def test_an_environment_of_ones_own_is_found_by_its_hint(cli):
-    code, _, err = cli("--env", "Point-v0")
+    code, _, err = cli("--env", "Nowhere-v0")
     assert code == 2
-    assert "my_module:Point-v0" in err
+    assert "my_module:Nowhere-v0" in err
 
 
 def test_a_namespace_makes_no_nested_directory():
