@@ -325,13 +325,13 @@ def numpy_policy(agent: Agent):
             layers.append(activations[type(module)])
         else:
             raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
-    log_std = None if agent.log_std is None else agent.log_std.detach().cpu().numpy()
+    std = None if agent.log_std is None else np.exp(agent.log_std.detach().cpu().numpy())
 
     def policy(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for layer in layers:
             obs = obs @ layer[0] + layer[1] if type(layer) is tuple else layer(obs)
-        if log_std is not None:
-            return obs, np.exp(log_std)
+        if std is not None:
+            return obs, std
         mean, state_log_std = np.split(obs, 2, axis=1)
         return mean, np.exp(state_log_std)
 
@@ -934,7 +934,9 @@ def make_seeds(seed: int, iteration: int, count: int) -> list[int]:
 def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
     """Observations of N environments as vectors (N, obs_dim), in the order of gymnasium.spaces.flatten_space."""
     spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box | spaces.MultiBinary):
+    if isinstance(space, spaces.Box):  # first and plain, because it is called at every step
+        return obs.reshape(len(obs), -1)
+    if isinstance(space, spaces.MultiBinary):
         return np.reshape(obs, (len(obs), -1))
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):  # one-hot; sizes (C,), values (N, C)
         sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
@@ -1026,10 +1028,12 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
         if saved.is_floating_point() and not saved.isfinite().all():
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
-    elif (isinstance(expected, list) and isinstance(saved, list) and not all(isinstance(x, float | int) for x in saved)) or (
-        not isinstance(saved, float | int if isinstance(expected, float) else type(expected))
-    ):
-        raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
+    else:
+        fits = isinstance(saved, float | int if isinstance(expected, float) else type(expected))
+        if fits and isinstance(saved, list):
+            fits = all(isinstance(x, float | int) for x in saved)
+        if not fits:
+            raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
 def write_atomically(file: Path, data: bytes):

@@ -1488,10 +1488,12 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint does not fit: {name} has the size {size}, {ours} need {tuple(expected.shape)}")
         if saved.is_floating_point() and not saved.isfinite().all():
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
-    elif (isinstance(expected, list) and isinstance(saved, list) and not all(isinstance(x, float | int) for x in saved)) or (
-        not isinstance(saved, float | int if isinstance(expected, float) else type(expected))
-    ):
-        raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
+    else:
+        fits = isinstance(saved, float | int if isinstance(expected, float) else type(expected))
+        if fits and isinstance(saved, list):
+            fits = all(isinstance(x, float | int) for x in saved)
+        if not fits:
+            raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
 def write_atomically(file: Path, data: bytes):

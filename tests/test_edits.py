@@ -81,8 +81,8 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "encoder in forward alone": ([ENCODER[0], (DENSITY, DENSITY.replace("obs", "self.encoder(obs)"))], FOLLOW),
     "mean in forward alone": ([(DENSITY, "Normal(self.policy(obs)[0] + 0.1, self.policy(obs)[1])")], FOLLOW),
     "deviation in forward alone": ([(DENSITY, "Normal(self.policy(obs)[0], 2 * self.policy(obs)[1])")], FOLLOW),
-    "numpy_policy alone": ([("np.exp(log_std)", "0.5 * np.exp(log_std)")], FOLLOW),
-    "deviation where it is not 1": ([("np.exp(log_std)", "np.exp(0.5 * log_std)")], FOLLOW),
+    "numpy_policy alone": ([("np.exp(agent.log_std", "0.5 * np.exp(agent.log_std")], FOLLOW),
+    "deviation where it is not 1": ([("np.exp(agent.log_std", "np.exp(0.5 * agent.log_std")], FOLLOW),
 }
 
 
