@@ -20,6 +20,7 @@ Map of this file, in the order in which it is read:
 # dependencies = [
 #     "envpool==1.2.5",
 #     "gymnasium==1.4.0",
+#     "numba==0.68.1",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
 #     "torch==2.13.0",
@@ -81,6 +82,7 @@ with contextlib.suppress(OSError):  # envpool draws MuJoCo only where the system
     ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
 import envpool
 import gymnasium
+import numba
 import numpy as np
 import torch
 import tqdm
@@ -766,7 +768,7 @@ class Runner:
             if args.norm_obs == "step":
                 self.obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
-            if not math.isfinite(obs[t + 1].sum() + rewards[t].sum()):  # finite ones may have an infinite sum
+            if not (all_finite(obs[t + 1]) and all_finite(rewards[t : t + 1])):
                 check_finite(what, f"{where}, step {t}", reward=rewards[t])
                 check_finite(what, f"{where}, step {t + 1}", observation=raw_obs[t + 1], normalized_observation=obs[t + 1])
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
@@ -961,6 +963,16 @@ def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: in
         )
 
 
+@numba.njit
+def all_finite(x) -> bool:
+    """Whether no entry of x (n, dim) is NaN or infinite; a tenth of the time of numpy on a few numbers."""
+    for i in range(len(x)):
+        for j in range(x.shape[1]):
+            if not np.isfinite(x[i, j]):
+                return False
+    return True
+
+
 def check_finite(what: str, where: str, **arrays: np.ndarray):
     """NonFiniteError with the name of the first array that has a NaN or an infinity."""
     for name, x in arrays.items():
@@ -968,36 +980,59 @@ def check_finite(what: str, where: str, **arrays: np.ndarray):
             raise NonFiniteError(f"{what} a non-finite {name.replace('_', ' ')} {where}")
 
 
+@numba.njit
+def add_rows(x, mean, m2, count):
+    """Adds the rows of x (n, dim) to mean and m2 (dim,), in place; count: with these rows (Chan et al. 1979)."""
+    for j in range(len(mean)):
+        total = squares = 0.0
+        for i in range(len(x)):
+            delta = x[i, j] - mean[j]
+            total += delta
+            squares += delta * delta
+        shift = total / count
+        mean[j] += shift
+        m2[j] = m2[j] + squares - shift * shift * count
+
+
+@numba.njit
+def normalize(x, mean, var, limit):
+    """x (n, dim) float64 -> (x - mean) / sqrt(var + 1e-8), limited to +-limit, float32."""
+    normalized = np.empty(x.shape, np.float32)
+    for i in range(len(x)):
+        for j in range(len(mean)):
+            z = (x[i, j] - mean[j]) / np.sqrt(var[j] + 1e-8)
+            normalized[i, j] = limit if z > limit else -limit if z < -limit else z  # [detail 29]
+    return normalized
+
+
 class RunningMeanStd:
-    """Mean and variance of all data seen, over the first axis, in float64 (Chan et al. 1979)."""
+    """Mean and variance of all data seen, over the first axis, in float64."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.mean, self.m2, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4  # mean 0, variance 1, count 1e-4
 
     def update(self, x: np.ndarray):
-        """x: (n, *shape), n may be 0."""
-        delta = x - self.mean
+        """x: (n, dim) float64, n may be 0."""
         self.count += len(x)
-        shift = np.add.reduce(delta) / self.count  # has half the overhead of delta.sum(axis=0)
-        self.mean = self.mean + shift
-        self.m2 = self.m2 + np.add.reduce(delta * delta) - shift * shift * self.count
+        add_rows(x, self.mean, self.m2, self.count)
 
     @property
     def var(self) -> np.ndarray:
         return self.m2 / self.count
 
     def state_dict(self) -> dict:
-        return {"mean": torch.as_tensor(self.mean), "m2": torch.as_tensor(self.m2), "count": float(self.count)}
+        return {"mean": torch.tensor(self.mean), "m2": torch.tensor(self.m2), "count": float(self.count)}
 
     def load_state_dict(self, state: dict):
-        self.mean, self.m2, self.count = state["mean"].numpy(), state["m2"].numpy(), state["count"]
+        self.mean, self.m2, self.count = state["mean"].numpy().copy(), state["m2"].numpy().copy(), state["count"]
 
 
 def normalize_obs(obs: np.ndarray, rms: RunningMeanStd, args: Args) -> np.ndarray:
     """Normalized (unless switched off) and clipped observations, of the shape of obs, in float32."""
-    if args.norm_obs != "none":
-        obs = (obs - rms.mean) / np.sqrt(rms.var + 1e-8)
-    return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
+    if args.norm_obs == "none":
+        return np.minimum(np.maximum(obs, -args.clip_obs), args.clip_obs).astype(np.float32)  # [detail 29]
+    rows = np.ascontiguousarray(obs, dtype=np.float64).reshape(-1, len(rms.mean))
+    return normalize(rows, rms.mean, rms.var, args.clip_obs).reshape(obs.shape)
 
 
 def scale_rewards(
