@@ -297,3 +297,81 @@ def test_a_peaked_policy_is_sampled_by_its_probabilities():
     actions = np.stack([script.choose((logits,), None, x) for x in noise])
     frequencies = np.bincount(actions.ravel(), minlength=3) / actions.size
     np.testing.assert_allclose(frequencies, probabilities, atol=5 * 0.5 / math.sqrt(actions.size))
+
+
+@each_script
+def test_figures_of_the_end_are_those_of_all_the_episodes(script, monkeypatch, capsys):
+    """An evaluation of known returns: what is printed, and what W&B gets in its summary."""
+    recorder, returns, lengths = Recorder(), [1.0, 2.0, 9.0], [5, 6, 10]
+    monkeypatch.setattr(script, "load_wandb", lambda args: recorder)
+    played = {"returns": returns, "lengths": lengths, "problems": []}
+    monkeypatch.setattr(script, "evaluate", lambda args, checkpoint, closing: played)
+    args = tiny(script, track=True, eval_episodes=3)
+    result = script.train(args)
+    ended = [episode["return"] for episode in read_jsonl("run/episodes.jsonl")][-100:]
+    assert result["episodic_return"] == pytest.approx(np.mean(ended))
+    expected = {"final/episodic_return": np.mean(ended), "evaluation/return": 4.0, "evaluation/std": np.std(returns)}
+    assert recorder.run.summary == pytest.approx(expected)
+    script.tell_evaluation(args, played)
+    assert "return 4.0 +- 3.6, length 7 over 3 episodes" in capsys.readouterr().out
+
+
+@each_script
+def test_an_evaluation_is_seeded_by_the_seed_of_its_run(script, monkeypatch):
+    given = []
+
+    def play_episodes(args, checkpoint, seeds, rng, frames, problems):
+        given.append((*seeds, rng.random()))
+        yield from [(0.0, 1)] * len(seeds)
+
+    monkeypatch.setattr(script, "play_episodes", play_episodes)
+    Path("run").mkdir()
+    for seed in (1, 1, 2):
+        script.evaluate(tiny(script, seed=seed, eval_episodes=2), {})
+    assert given[0] == given[1]
+    assert not set(given[1]) & set(given[2])
+    assert len(set(given[0])) == 3
+
+
+def test_games_of_earlier_iterations_do_not_enter_the_mean_of_atari():
+    """On a script whose returns are all 0 in a short run: the log itself, with returns that differ."""
+    script = importlib.import_module("ppo_atari")
+    end_episodes, number = script.Runner.end_episodes, iter(range(1000))
+
+    def numbered(self):
+        ended = [(step, float(next(number)), length) for step, _, length in end_episodes(self)]
+        self.recent_returns.extend(r for _, r, _ in ended)
+        return ended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Runner, "end_episodes", numbered)
+        script.train(tiny(script))
+    episodes, before, means = read_jsonl("run/episodes.jsonl"), 0, []
+    for record in records_of("run"):
+        ended = [e["return"] for e in episodes if before < e["global_step"] <= record["global_step"]]
+        means += [(record["charts/episodic_return"], np.mean(ended))] if ended else []
+        before = record["global_step"]
+    assert len(means) > 2
+    assert [mean for mean, _ in means] == pytest.approx([mean for _, mean in means])
+
+
+def test_atari_acts_by_what_it_has_learned(monkeypatch):
+    script = importlib.import_module("ppo_atari")
+    play, acted, learned = script.Runner.play, [], []
+    learn = script.learn
+
+    def spy_play(self, act):
+        acted.append(act.__self__.flat() if hasattr(act, "__self__") else act.__wrapped__.__self__.flat())
+        return play(self, act)
+
+    def spy_learn(update, theta, *others):
+        said = learn(update, theta, *others)
+        learned.append(theta.clone())
+        return said
+
+    monkeypatch.setattr(script.Runner, "play", spy_play)
+    monkeypatch.setattr(script, "learn", spy_learn)
+    script.train(tiny(script))
+    assert len(acted) == 4
+    assert all(map(torch.equal, acted[1:], learned))
+    assert not torch.equal(acted[0], acted[1])
