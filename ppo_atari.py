@@ -467,12 +467,12 @@ def ppo_loss(
 
 
 def make_update(agent: Agent, args: Args):
-    """The update by one minibatch, as two functions that torch.compile turns into one graph each.
+    """The update by one minibatch, as one function that torch.compile turns into one graph.
 
-    compute_gradient(theta, batch, mb_inds, clip_coef) returns the gradient of the loss in the flat parameter vector
-    theta and what is logged, each a scalar tensor. adam_step(theta, adam, gradient, step_size, bias2) changes theta and the
-    Adam state (first moment, second moment) in place and returns the norm of the gradient. Ranks average their gradients
-    in between. theta is one vector so that norm and Adam are single operations; functional_call runs the agent with its parts.
+    update(theta, adam, batch, mb_inds, hyper) changes the flat parameter vector theta and the Adam state (first moment,
+    second moment) in place and returns what is logged, each a scalar tensor. hyper (3,): clip range, and of Adam the step size
+    and the bias of its second moment. Ranks average their gradients. theta is one vector so that norm and Adam are single
+    operations; functional_call runs the agent with its parts.
     """
     like = dict(agent.named_parameters())
 
@@ -484,12 +484,12 @@ def make_update(agent: Agent, args: Args):
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
         return ppo_loss(new, minibatch, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
 
-    def compute_gradient(theta, batch: Batch, mb_inds, clip_coef):
+    def update(theta, adam, batch: Batch, mb_inds, hyper):
+        clip_coef, step_size, bias2 = hyper.unbind()
         minibatch = Batch(*(x[mb_inds] for x in batch))
         gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, minibatch, clip_coef)
-        return gradient, info
-
-    def adam_step(theta, adam, gradient, step_size, bias2):
+        if args.world_size > 1:
+            gradient = average_gradient(gradient, minibatch.valid)  # [aux: data_parallel]
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         # Adam (Kingma & Ba 2015, algorithm 1), written out because torch.optim.Adam would break the graph
@@ -497,9 +497,9 @@ def make_update(agent: Agent, args: Args):
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [detail 03]
-        return grad_norm
+        return {**info, "grad_norm": grad_norm}
 
-    return compute_gradient, adam_step
+    return update
 
 
 def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -517,12 +517,38 @@ def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
 # Rollout and training
 
 
+def upload(x: torch.Tensor, args: Args) -> torch.Tensor:
+    """A tensor of the CPU on the device; through pinned memory, so that the host waits for nothing."""
+    return x if args.device == "cpu" else x.pin_memory().to(args.device, non_blocking=True)
+
+
+def make_act(agent: Agent, args: Args):
+    """The policy step, as one function that torch.compile turns into one graph.
+
+    act(frames, noise, row, memory) returns the actions (N,). It writes observations, actions, log-probabilities and values
+    into this row (1,) of the four tensors of memory, (T + 1, N, ...) each. frames: (N, 21, 21, 16 * stack_num) uint8, blocks;
+    on a GPU (N, stack_num, 84, 84), which become blocks there. noise: as for Agent.act.
+    """
+
+    @torch.no_grad()
+    def act(frames, noise, row, memory):
+        if args.device != "cpu":  # as to_blocks does
+            frames = frames.unflatten(3, (21, 4)).unflatten(2, (21, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        step = agent.act(frames, noise)
+        for rows, x in zip(memory, (frames, *step), strict=True):
+            rows.index_copy_(0, row, x[None])
+        return step.action
+
+    return act
+
+
 class Rollout(NamedTuple):
     """T steps of the N environments of this rank. Its arrays are the runner's own: the next rollout overwrites them."""
 
-    obs: torch.Tensor  # (T + 1, N, 21, 21, 16 * stack_num) uint8, frames as blocks; the last one only for its value
-    actions: torch.Tensor  # (T, N) int64
-    logprobs: torch.Tensor  # (T, N) of the actions, nats
+    # of T + 1 steps, on the device; of the last one only the value counts
+    obs: torch.Tensor  # (T + 1, N, 21, 21, 16 * stack_num) uint8, frames as blocks
+    actions: torch.Tensor  # (T + 1, N) int64
+    logprobs: torch.Tensor  # (T + 1, N) of the actions, nats
     values: torch.Tensor  # (T + 1, N) of the observations
     rewards: np.ndarray  # (T, N) as the learner gets them
     terminated: np.ndarray  # (T, N) bool: a life was lost, or the game ended in a state without a future
@@ -546,12 +572,13 @@ class Runner:
             draw(self.envs)  # fails now, not after the training
         self.spaces = Spaces.of(self.envs)
         self.global_step, self.recent_returns = 0, deque[float](maxlen=100)
-        blocks = to_blocks(first_obs)
-        self.frames = blocks if args.device == "cpu" else blocks.pin_memory()
-        self.obs = torch.zeros(T + 1, *blocks.shape, dtype=torch.uint8, device=args.device)
-        self.actions = torch.zeros(T, N, dtype=torch.int64, device=args.device)
-        self.logprobs = torch.zeros(T, N, device=args.device)
-        self.values = torch.zeros(T + 1, N, device=args.device)
+        obs = torch.zeros(T + 1, *to_blocks(first_obs).shape, dtype=torch.uint8, device=args.device)
+        actions = torch.zeros(T + 1, N, dtype=torch.int64, device=args.device)
+        self.memory = (obs, actions, *(torch.zeros(T + 1, N, device=args.device) for _ in range(2)))
+        self.row = torch.arange(T + 1, device=args.device).split(1)
+        if args.device != "cpu":  # raw frames on their way to the device
+            self.pinned = torch.from_numpy(first_obs).pin_memory()
+            self.frames = torch.zeros(first_obs.shape, dtype=torch.uint8, device=args.device)
         self.rewards, self.raw_rewards = np.zeros((T, N)), np.zeros((T, N))
         self.terminated, self.truncated, self.game_over = (np.zeros((T, N), dtype=bool) for _ in range(3))
         self.valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
@@ -576,36 +603,40 @@ class Runner:
         """New environments, seeded by (seed, iteration) alone, so that a resumed run ends with the same bits."""
         self.envs.close()
         self.envs, first_obs = make_envs(self.args, self.make_seeds(iteration))
-        self.obs[-1].copy_(to_blocks(first_obs))  # play begins with the last of before
+        self.show(first_obs)
         self.valid[-1] = True
         self.episode_return = np.zeros(self.args.num_envs)
         self.episode_length = np.zeros(self.args.num_envs, dtype=int)
 
+    def show(self, frames: np.ndarray):
+        """Frames (N, stack_num, 84, 84) that the next policy step will see."""
+        if self.args.device == "cpu":
+            self.frames = to_blocks(frames)
+        else:  # done before pinned changes: the next action waits for it
+            np.copyto(self.pinned.numpy(), frames)
+            self.frames.copy_(self.pinned, non_blocking=True)
+
     def play(self, act) -> Rollout:
-        """T steps of each environment; act: Agent.act, compiled or not."""
-        args, T, N, obs = self.args, self.args.num_steps, self.args.num_envs, self.obs
-        obs[0].copy_(obs[T])
-        self.valid[0] = self.valid[T]
+        """T steps of each environment; act: of make_act, compiled or not."""
+        args, T, N, memory = self.args, self.args.num_steps, self.args.num_envs, self.memory
+        self.valid[0] = self.valid[T]  # play begins with the frames that the last one ended with
         step_envs, env_seconds = make_game_step(self.envs), 0.0
-        noise = torch.empty(T, N * args.world_size, self.spaces.num_actions).exponential_()[:, self.mine].to(args.device)
+        noise = upload(torch.empty(T, N * args.world_size, self.spaces.num_actions).exponential_()[:, self.mine], args)
         for t in range(T):  # [detail 01]
             torch.compiler.cudagraph_mark_step_begin()
             # one pass for all three: another over the rollout would cost as much as the rollout's
-            step = act(obs[t], noise[t])
-            self.actions[t], self.logprobs[t], self.values[t] = step.action, step.logprob, step.value
-            action = self.actions[t].cpu().numpy()  # waits for the device
+            action = act(self.frames, noise[t], self.row[t], memory).cpu().numpy()  # waits for the device
             start = time.perf_counter()
             seen = step_envs(action)
             env_seconds += time.perf_counter() - start
             self.rewards[t], self.terminated[t], self.truncated[t] = seen.reward, seen.terminated, seen.truncated
             self.raw_rewards[t], self.game_over[t] = seen.raw_reward, seen.game_over
-            self.frames.copy_(to_blocks(seen.obs))
-            obs[t + 1].copy_(self.frames, non_blocking=True)  # done before frames changes: the next action waits for it
+            self.show(seen.obs)
         torch.compiler.cudagraph_mark_step_begin()
-        self.values[T] = act(obs[T], noise[0]).value
+        act(self.frames, noise[0], self.row[T], memory)  # for the value; the next rollout begins with these frames
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
         ends, valid, episodes = (self.terminated, self.truncated), self.valid[:T], self.end_episodes()
-        return Rollout(obs, self.actions, self.logprobs, self.values, self.rewards, *ends, valid, episodes, env_seconds)
+        return Rollout(*memory, self.rewards, *ends, valid, episodes, env_seconds)
 
     def end_episodes(self) -> list[tuple[int, float, int]]:
         """Counts the steps of this rollout; (global step, return, length) of each game that ended in it, in any rank."""
@@ -631,32 +662,34 @@ class Runner:
 
 def make_batch(rollout: Rollout, args: Args) -> Batch:
     """The rollout as the update reads it, with advantages and returns."""
-    T = args.num_steps
+    values = rollout.values.cpu()  # waits for the device, once for all that is computed here
     steps = (rollout.rewards, rollout.terminated, rollout.truncated, rollout.valid)
-    rewards, terminated, truncated, valid = (torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in steps)
-    values, rules = rollout.values, (args.gamma, args.gae_lambda, args.bootstrap_truncated)
+    rewards, terminated, truncated, valid = (torch.as_tensor(x, dtype=torch.float32) for x in steps)
+    rules = (args.gamma, args.gae_lambda, args.bootstrap_truncated)
     advantages = compute_gae(rewards, values, terminated, truncated, *rules)
+    advantage, return_, valid = upload(torch.stack([advantages, advantages + values[:-1], valid]), args).flatten(1)
     batch = Batch(
-        obs=rollout.obs[:T].flatten(0, 1),
-        action=rollout.actions.flatten(),
-        logprob=rollout.logprobs.flatten(),
-        value=values[:T].flatten(),
-        advantage=advantages.flatten(),
-        return_=(advantages + values[:-1]).flatten(),
-        valid=valid.flatten(),
+        obs=rollout.obs[:-1].flatten(0, 1),
+        action=rollout.actions[:-1].flatten(),
+        logprob=rollout.logprobs[:-1].flatten(),
+        value=rollout.values[:-1].flatten(),
+        advantage=advantage,
+        return_=return_,
+        valid=valid,
     )
+    torch._dynamo.mark_static_address(batch.obs)  # the same memory each time, which a CUDA graph need not copy
     if args.norm_adv == "batch":
         batch = batch._replace(advantage=normalize_advantages(batch.advantage, batch.valid))
     return batch
 
 
-def explained_variance(batch: Batch) -> float:
+def explained_variance(batch: Batch) -> torch.Tensor:
     """Of the returns by the values of the rollout; 1 is perfect, 0 no better than a constant."""
     centered = batch.return_ - masked_mean(batch.return_, batch.valid)
     variance = masked_mean(centered**2, batch.valid)
     residual = batch.return_ - batch.value
     residual = masked_mean((residual - masked_mean(residual, batch.valid)) ** 2, batch.valid)
-    return (1 - residual / variance).item() if variance > 0 else 0.0
+    return torch.where(variance > 0, 1 - residual / variance, 0.0)
 
 
 def mean_of_ranks(x: torch.Tensor, args: Args) -> torch.Tensor:
@@ -671,35 +704,29 @@ def learn(
 ) -> tuple[dict[str, float], int]:
     """All epochs over a batch: the means of what is logged, over the ranks too, and how many epochs there were.
 
-    update: the functions of make_update; schedule: learning rate and clip range of this iteration; updates: minibatches
-    that Adam has seen before.
+    update: of make_update; schedule: learning rate and clip range of this iteration; updates: minibatches that Adam has seen
+    before.
     """
-    compute_gradient, adam_step = update
     learning_rate, clip_coef = schedule
-    # tensors, because a compiled function would bake in the first value of a Python number; what Adam needs of its step
+    # a tensor, because a compiled function would bake in the first value of a Python number; what Adam needs of its step
     # count comes from outside, because inside each parameter would compute the powers anew
     counts = updates + np.arange(1, args.update_epochs * args.num_minibatches + 1)
-    hyper = (clip_coef, learning_rate / (1 - 0.9**counts), 1 - 0.999**counts)
-    clip_range, step_sizes, biases2 = (torch.as_tensor(np.float32(x), device=args.device) for x in hyper)
-    infos: list[dict[str, torch.Tensor]] = []
+    columns = np.broadcast_arrays(clip_coef, learning_rate / (1 - 0.9**counts), 1 - 0.999**counts)
+    hyper = upload(torch.from_numpy(np.float32(columns).T.copy()), args)  # (updates, 3)
+    log: list[torch.Tensor] = []  # what is logged of each minibatch
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch.valid)).to(args.device)  # [detail 06]
+        order = upload(torch.randperm(len(batch.valid)), args)  # [detail 06]
         for mb_inds in order.split(args.minibatch_size):
             torch.compiler.cudagraph_mark_step_begin()
-            gradient, info = compute_gradient(theta, batch, mb_inds, clip_range)
-            if args.world_size > 1:
-                gradient = average_gradient(gradient, batch.valid[mb_inds])  # [aux: data_parallel]
-            i = len(infos)
-            info = {**info, "grad_norm": adam_step(theta, adam, gradient, step_sizes[i], biases2[i])}
-            infos.append({key: value.clone() for key, value in info.items()})  # CUDA graphs reuse their outputs
+            info = update(theta, adam, batch, mb_inds, hyper[len(log)])
+            log.append(torch.stack(list(info.values())))  # a copy: CUDA graphs reuse their outputs
         if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
-            kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
-            if mean_of_ranks(kl, args) > args.target_kl:
+            kl = torch.stack([x[list(info).index("approx_kl")] for x in log[-args.num_minibatches :]]).mean()
+            if mean_of_ranks(kl, args) > args.target_kl:  # waits for the device
                 break
-    means = [torch.stack([info[key] for info in infos]).mean() for key in infos[0]]
-    means.append(torch.tensor(explained_variance(batch), device=args.device))
-    figures = mean_of_ranks(torch.stack(means), args).tolist()  # waits for the device
-    return dict(zip([*infos[0], "explained_variance"], figures, strict=True)), len(infos) // args.num_minibatches
+    means = torch.cat([torch.stack(log, 1).mean(1), explained_variance(batch)[None]])
+    figures = mean_of_ranks(means, args).tolist()  # waits for the device
+    return dict(zip([*info, "explained_variance"], figures, strict=True)), len(log) // args.num_minibatches
 
 
 def train(args: Args) -> dict:
@@ -709,7 +736,7 @@ def train(args: Args) -> dict:
     runner = Runner(args)
     agent = make_agent(args, runner.spaces)
     for probed in (agent, perturbed(agent)):  # an edit of one alone stops here, before anything is written
-        check_act(probed, runner.obs.shape[2:])
+        check_act(probed, runner.memory[0].shape[2:])
     theta = agent.flat()
     adam = (torch.zeros_like(theta), torch.zeros_like(theta))
     updates = 0  # minibatches that Adam has seen
@@ -724,8 +751,10 @@ def train(args: Args) -> dict:
     run.open(state_dict())
     say(describe_device(args))
     agent.load(theta)
-    functions = [torch.no_grad()(agent.act), *make_update(agent, args)]
-    act, *update = compile_all(functions, args, cuda_graphs=args.device != "cpu")
+    for kept in (theta, *adam, *runner.memory):
+        torch._dynamo.mark_static_address(kept)  # a CUDA graph writes into it
+    functions, one_gpu = [make_act(agent, args), make_update(agent, args)], args.device != "cpu" and args.world_size == 1
+    act, update = compile_all(functions, args, cuda_graphs=one_gpu)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):

@@ -192,6 +192,14 @@ def allowed_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def default_cores_per_run(options: argparse.Namespace) -> int:
+    """One core a run; with --gpus all cores of this machine, shared out among the runs at a time."""
+    if not options.gpus or options.ray:
+        return 1
+    jobs = options.jobs or len(options.gpus.split(",")) * options.runs_per_gpu
+    return max(len(allowed_cores()) // jobs, 1)
+
+
 def jobs_at_a_time(options: argparse.Namespace) -> int:
     """Runs on this machine at a time: --jobs, else what its cores carry, and its GPUs where --gpus names them."""
     most = max(len(allowed_cores()) // options.cores_per_run, 1)
@@ -363,7 +371,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", help="sweep: the script; collect: run directories")
     parser.add_argument("--go", action="store_true", help="run; without it only the plan is printed")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as the cores allow")
-    parser.add_argument("--cores-per-run", type=int, default=1, help="cores that a run is pinned to")
+    parser.add_argument(
+        "--cores-per-run", type=int, help="cores that a run is pinned to; default: 1, or all shared out with --gpus"
+    )
     parser.add_argument("--gpus", help="GPUs to share out, such as 0,1")
     parser.add_argument("--runs-per-gpu", type=int, default=1, help="with --gpus: runs that share a GPU")
     parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: local, auto, or an address")
@@ -409,8 +419,9 @@ def main(argv: list[str]) -> int:
         argv = [*argv[:2], *own]
     options = parser.parse_args(argv)
     options.results_dir, options.runs_dir = options.results_dir.resolve(), options.runs_dir.resolve()
-    if options.cores_per_run < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--jobs and --cores-per-run must be at least 1")
+    if any(x is not None and x < 1 for x in (options.jobs, options.cores_per_run, options.runs_per_gpu)):
+        parser.error("--jobs, --cores-per-run and --runs-per-gpu must be at least 1")
+    options.cores_per_run = options.cores_per_run or default_cores_per_run(options)
     try:
         if options.suite == "collect":
             if not options.names or not options.collect_suite:

@@ -87,11 +87,14 @@ def note(kind: str):
         SENT.clear()
 
 
-def move(x: torch.Tensor, device: Any, changes: dict) -> torch.Tensor:
+def move(x: torch.Tensor, device: Any, changes: dict, non_blocking: bool) -> torch.Tensor:
     """x.to(device)."""
     if is_posed(device):
         if not isinstance(x, Posed):
-            note("to the device" if is_pinned(x) else "to the device, waits")
+            asynchronous = non_blocking and is_pinned(x)
+            note("to the device" if asynchronous else "to the device, waits")
+            if asynchronous:
+                SENT.append((x, x.clone()))
         return Posed(inner(x).to(**changes, device="cpu", copy=True))
     if isinstance(x, Posed):
         note("to the host, waits")
@@ -122,7 +125,8 @@ def dispatch(f, args: tuple, kwargs: dict) -> Any:
     if name == "_pin_memory":
         return pin(tensors[0])
     if name == "_to_copy" and device is not None:
-        return move(tensors[0], device, {k: v for k, v in kwargs.items() if k in ("dtype", "memory_format")})
+        changes = {k: v for k, v in kwargs.items() if k in ("dtype", "memory_format")}
+        return move(tensors[0], device, changes, kwargs.get("non_blocking", False))
     if name == "copy_":
         return copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
     if not on_device and not is_posed(device):

@@ -360,6 +360,26 @@ def test_jobs_at_a_time(monkeypatch):
     assert run.jobs_at_a_time(options) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "width", "jobs"),
+    [
+        ([], 1, 16),
+        (["--gpus", "0"], 16, 1),
+        (["--gpus", "0", "--runs-per-gpu", "3"], 5, 3),
+        (["--gpus", "0,1"], 8, 2),
+        (["--gpus", "0", "--jobs", "4"], 4, 4),
+        (["--gpus", "0", "--cores-per-run", "2"], 2, 1),
+        (["--gpus", "0", "--runs-per-gpu", "40"], 1, 16),
+    ],
+)
+def test_runs_on_gpus_share_out_all_cores(monkeypatch, flags, width, jobs):
+    seen = []
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(run, "execute", lambda runs, options: seen.append(options) or 0)
+    assert run.main(["base", *flags]) == 0
+    assert (seen[0].cores_per_run, run.jobs_at_a_time(seen[0])) == (width, jobs)
+
+
 def test_damaged_result_is_named(tmp_path):
     with open(write_run(tmp_path / "r") / "metrics.jsonl", "a") as f:
         f.write('{"args": {}}\n')

@@ -24,9 +24,35 @@ CASES = {
 }
 
 
+# of ppo_atari.py: once a step for the actions; once an iteration for the values and the losses; an epoch for --target-kl
+WAITS = {"play": T * ITERATIONS, "make_batch": ITERATIONS, "learn": (1 + 2) * ITERATIONS}
+
+
 def run_posed(script: Path, flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(Path(__file__).with_name("posed_gpu.py")), str(script), *flags.split()]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def run_edited(line: str, edited: str, run_dir: str = "posed") -> subprocess.CompletedProcess:
+    """ppo_atari.py with a change, on the stand-in."""
+    text = (ROOT / "ppo_atari.py").read_text()
+    assert text.count(line) == 1
+    Path("edited.py").write_text(text.replace(line, edited))
+    return run_posed(Path("edited.py"), f"{COMMON} {CASES['ppo_atari.py']} --run-dir {run_dir}")
+
+
+def events_of(done: subprocess.CompletedProcess) -> dict[str, dict[str, int]]:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def waits_of(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """Function of the script -> how often the host waited for the device in it, from the first rollout on."""
+    counts: dict[str, int] = {}
+    for kind, of_functions in events_of(done).items():
+        for name, count in of_functions.items() if "waits" in kind else ():
+            counts[name] = counts.get(name, 0) + count
+    del counts["make_agent"]
+    return counts
 
 
 @pytest.mark.parametrize("script", CASES)
@@ -44,27 +70,58 @@ def test_the_path_of_a_gpu_gives_the_parameters_of_the_cpu(script):
     assert read_jsonl("posed/episodes.jsonl") == read_jsonl("cpu/episodes.jsonl")
     if script == "ppo_atari.py":
         assert read_jsonl("cpu/episodes.jsonl")
-        events = json.loads(done.stdout.splitlines()[-1])
-        assert events["to the host, waits"]["play"] == T * ITERATIONS  # once per step: for the actions
-        assert events["to the device"] == {"play": T * ITERATIONS}  # frames, without waiting
+        assert waits_of(done) == WAITS
+        assert set(events_of(done)["to the device"]) == {"show", "upload"}  # without waiting
 
 
 @pytest.mark.parametrize(
     ("line", "edited", "error"),
     [
-        ("order = torch.randperm(len(batch.valid)).to(args.device)", "order = torch.randperm(len(batch.valid))", "same device"),
+        ("order = upload(torch.randperm(len(batch.valid)), args)", "order = torch.randperm(len(batch.valid))", "same device"),
         (
-            "obs[t + 1].copy_(self.frames, non_blocking=True)",
-            "obs[t + 1].copy_(self.frames, non_blocking=True); self.frames.zero_()",
+            "self.frames.copy_(self.pinned, non_blocking=True)",
+            "self.frames.copy_(self.pinned, non_blocking=True); self.pinned.zero_()",
             "overwritten before the device had read it",
         ),
-        ("self.actions[t].cpu().numpy()", "self.actions[t].numpy()", "can't convert cuda:0 device type tensor to numpy"),
+        ("memory).cpu().numpy()", "memory).numpy()", "can't convert cuda:0 device type tensor to numpy"),
     ],
 )
 def test_the_stand_in_notices_what_a_gpu_would(line, edited, error):
-    text = (ROOT / "ppo_atari.py").read_text()
-    assert text.count(line) == 1
-    Path("edited.py").write_text(text.replace(line, edited))
-    done = run_posed(Path("edited.py"), f"{COMMON} {GAMES} --run-dir posed")
+    done = run_edited(line, edited)
     assert done.returncode == 1
     assert error in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "edited", "more"),
+    [
+        ("info = update(theta", "float(theta[0]); info = update(theta", {"learn": 4 * ITERATIONS}),
+        ("pin_memory().to(args.device, non_blocking=True)", "to(args.device)", {"upload": (3 + 2) * ITERATIONS}),
+        ("self.frames.copy_(self.pinned, non_blocking=True)", "self.frames.copy_(self.pinned)", {"show": T * ITERATIONS + 2}),
+        (
+            "return torch.where(variance",
+            "assert variance > -1; return torch.where(variance",
+            {"explained_variance": ITERATIONS},
+        ),
+    ],
+)
+def test_an_additional_wait_is_counted(line, edited, more):
+    done = run_edited(line, edited)
+    assert done.returncode == 0, done.stderr
+    assert waits_of(done) == {name: WAITS.get(name, 0) + more.get(name, 0) for name in WAITS | more}
+
+
+@pytest.mark.parametrize(
+    ("line", "edited"),
+    [
+        (".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 1, 5, 3)"),
+        ("np.copyto(self.pinned.numpy(), frames)", "np.copyto(self.pinned.numpy()[:1], frames[:1])"),
+    ],
+)
+def test_other_frames_give_other_parameters(line, edited):
+    for folder, done in (
+        ("same", run_edited("import argparse", "import argparse", "same")),
+        ("x", run_edited(line, edited, "x")),
+    ):
+        assert done.returncode == 0, f"{folder}: {done.stderr}"
+    assert not torch.equal(read_checkpoint("x")["theta"], read_checkpoint("same")["theta"])
