@@ -848,11 +848,15 @@ class KeepInfo(gymnasium.Wrapper):
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
-        return obs, {key: info[key] for key in INFO_KEYS if key in info}
+        return obs, self.keep(info)
 
     def step(self, action):
         *step, info = self.env.step(action)
-        return *step, {key: info[key] for key in INFO_KEYS if key in info}
+        return *step, self.keep(info)
+
+    def keep(self, info: dict) -> dict:  # arrays in tuples, so that read_masks sees those of another size, and refuses them
+        kept = {key: info[key] for key in INFO_KEYS if key in info}
+        return {key: (x,) if isinstance(x, np.ndarray) else x for key, x in kept.items()}
 
 
 def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = False) -> tuple[Any, Any, dict]:
@@ -877,7 +881,7 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
             sys.path.append(os.getcwd())  # my_module:MyEnv-v0 may lie in the current directory
         try:
             envs = gymnasium.make_vec(env_id, len(seeds), vectorization_mode="sync", wrappers=(KeepInfo,), **options)
-        except (ImportError, gymnasium.error.Error) as error:
+        except (ImportError, AssertionError, gymnasium.error.Error) as error:  # it asserts what a space may be
             newer = re.sub(r"-v[23]$", "-v4", env_id)
             hint = f"; envpool has {newer}" if newer in envpool.list_all_envs() else ""
             raise UsageError(f"cannot make environment {name}: {error}{hint}") from error

@@ -50,7 +50,7 @@ def mujoco_id(env: str) -> str:
 def measure_game(env: str, num_envs: int, steps: int, threads: int) -> dict:
     """The Atari environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
     script = suites.load_script("ppo_atari")
-    envs, _ = script.make_envs(script.Args(env=env, num_threads=threads), script.make_seeds(1, 0, num_envs))
+    envs, *_ = script.make_envs(script.Args(env=env, num_threads=threads), script.make_seeds(1, 0, num_envs))
     count = max(steps, 20_000) // num_envs
     actions = script.np.random.default_rng(0).integers(envs.single_action_space.n, size=(count, num_envs), dtype="int32")
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> 
 def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
     """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
     script = suites.load_script("ppo_continuous")
-    envs, _ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
+    envs, *_ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
     space = envs.single_action_space
     rng = script.np.random.default_rng(0)
     actions = rng.uniform(space.low, space.high, (BATCH, num_envs, *space.shape)).astype(script.np.float32)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Odd(gymnasium.Env):
@@ -58,6 +58,15 @@ class Odd(gymnasium.Env):
         Odd.alive -= 1
 
 
+class Blind(Odd):
+    """Observes nothing."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__()
+        self.observation_space = Dict({})
+
+
+gymnasium.register("Blind-v0", entry_point="odd_envs:Blind")
 gymnasium.register("Odd-v0", entry_point="odd_envs:Odd", kwargs={"discrete": False})
 gymnasium.register("OddDiscrete-v0", entry_point="odd_envs:Odd", kwargs={"discrete": True})
 gymnasium.register("odd/Space-v0", entry_point="odd_envs:Odd", kwargs={"discrete": False})

@@ -222,6 +222,21 @@ def test_minibatches_of_one_step_cannot_be_normalized(cli, norm_adv):
     assert cli(*cli.flags(norm_adv="none", **sizes, total_timesteps=16))[0] == 0
 
 
+def test_an_empty_dict_is_refused(cli):
+    code, _, err = cli(*cli.flags(env="odd_envs:Blind-v0"))
+    assert code == 2
+    assert "cannot make environment odd_envs:Blind-v0: An empty Dict" in err
+    assert os.listdir() == []
+
+
+def test_masks_that_change_their_size(cli):
+    """Of one environment alone; scripts without masks do not read them."""
+    Odd.info = lambda time: {"action_mask": np.ones(2 + Odd.steps % 2, dtype=bool)}
+    code, _, err = cli(*cli.flags(num_envs=2))
+    assert code == (2 if cli.env.endswith("OddDiscrete-v0") else 0)
+    assert ("masks of {2, 3} entries, but there are 2 choices" in err) == (code == 2)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_an_empty_path_starts_nothing(cli, flag):
     code, _, err = cli(*cli.flags(), flag, "")
