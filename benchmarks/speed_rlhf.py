@@ -5,9 +5,9 @@
 
 Both train the same GPT-2 of random weights (width 128, 2 layers, 2048 tokens) with a separate value network and the same
 reward model, both of that size, 64 responses of 32 tokens an iteration, 4 epochs of 4 minibatches: 16 gradient steps. No
-response stops early. Each measurement is a process of its own on the same core. The first iteration is left out. CPU time is counted too, since it
-says more than the clock on a machine that does something else beside. With --name
-the measurements are kept in results/speed/. Peak memory is that of the whole process, its libraries too.
+response stops early. Each measurement is a process of its own on the same core. The first iteration is left out. CPU time
+is counted too: it says more than the clock where something else runs beside. With --name the measurements are kept in
+results/speed/. Peak memory is that of the whole process, its libraries too.
 """
 
 import argparse

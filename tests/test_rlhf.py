@@ -579,6 +579,51 @@ def test_pretrained_models_that_are_refused(monkeypatch):
         start(model="./nowhere", **given)
 
 
+def test_pretrained_prompts_that_are_refused():
+    save_pretrained("lm", "gpt2")
+    Path("long.txt").write_text("good " * 60 + "\n")
+    Path("empty.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes(b"a\xe9b")
+    given = {"model": "lm", "env": "words:score", "data": ""}
+    with pytest.raises(UsageError, match="the longest prompt and num_steps = 8 make 68 tokens, but the model reads 64"):
+        start(prompts="long.txt", **given)
+    with pytest.raises(UsageError, match=r"prompts empty.txt has no lines"):
+        start(prompts="empty.txt", **given)
+    with pytest.raises(UsageError, match=r"prompts latin.txt is not UTF-8: byte 1"):
+        start(prompts="latin.txt", **given)
+
+
+def test_prompts_without_a_token_are_refused(monkeypatch):
+    save_pretrained("lm", "gpt2")
+    Path("prompts.txt").write_text("the film\nis\n")
+    monkeypatch.setattr(ppo_rlhf.PretrainedTokenizer, "encode", lambda self, text: [3] if "film" in text else [])
+    with pytest.raises(UsageError, match="the tokenizer of lm makes no token of 'is'"):
+        start(model="lm", prompts="prompts.txt", env="words:score", data="")
+
+
+def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
+    """The end token of a response is a token like any other: it ends the response and it is learned."""
+    save_pretrained("lm", "gpt2")
+    Path("prompts.txt").write_text("the film is\nthe\n")
+    _, models, runner, agent = start(model="lm", prompts="prompts.txt", env="words:score", data="", num_envs=64)
+    own = models.tokenizer.tokenizer
+    assert own.pad_token_id == own.eos_token_id == agent.lm.eos
+    rollout = runner.play(agent, 1)
+    tokens, valid = rollout.responses.tokens[:, -rollout.responses.valid.shape[1] :], rollout.responses.valid
+    ended = [row[row_valid][-1].item() == agent.lm.eos for row, row_valid in zip(tokens, valid, strict=True)]
+    assert rollout.ended.tolist() == ended and 10 < sum(ended) < 64
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    at_end = (tokens == agent.lm.eos) & valid
+    assert (batch.mask[:, -valid.shape[1] :][at_end]).all() and (batch.advantage[at_end] != 0).all()
+
+
+def test_reward_model_without_a_head_is_refused():
+    """transformers gives a language model a random head and only warns."""
+    save_pretrained("lm", "gpt2")
+    with pytest.raises(UsageError, match=r"the model lm has no weights for score\.weight: it was saved as another kind"):
+        ppo_rlhf.load_classifier("lm", "cpu")
+
+
 def test_pretrained_reward_model():
     """A classifier of another family and tokenizer than the policy's."""
     config = save_pretrained("rm", "llama", num_labels=1)
@@ -702,6 +747,17 @@ def test_damaged_archive_and_missing_network(tmp_path, monkeypatch):
     (tmp_path / "other" / "ppo_rlhf" / ppo_rlhf.SDIST).write_bytes(b"something else")
     with pytest.raises(UsageError, match="is not the file of that name that this script knows: delete it"):
         ppo_rlhf.load_sentences(tiny(data=""))
+
+
+@pytest.mark.parametrize("there", ["checkpoint.pt", "notes.txt"])
+def test_foreign_run_directory_is_refused_before_the_stages(there, monkeypatch):
+    Path("run").mkdir()
+    Path("run", there).write_text("of somebody else")
+    monkeypatch.setattr(ppo_rlhf, "load_models", lambda args: pytest.fail("the stages began"))
+    remedy = "--resume run continues it, " if there == "checkpoint.pt" else ""
+    with pytest.raises(UsageError, match=f"run exists: {remedy}another --run-dir starts anew"):
+        ppo_rlhf.train(tiny())
+    assert Path("run", there).read_text() == "of somebody else"
 
 
 def test_comparisons_follow_the_votes():
