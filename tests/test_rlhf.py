@@ -605,7 +605,9 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
     """The end token of a response is a token like any other: it ends the response and it is learned."""
     save_pretrained("lm", "gpt2")
     Path("prompts.txt").write_text("the film is\nthe\n")
-    _, models, runner, agent = start(model="lm", prompts="prompts.txt", env="words:score", data="", num_envs=64)
+    _, models, runner, agent = start(
+        model="lm", prompts="prompts.txt", env="words:score", data="", num_envs=64, total_timesteps=512
+    )
     own = models.tokenizer.tokenizer
     assert own.pad_token_id == own.eos_token_id == agent.lm.eos
     rollout = runner.play(agent, 1)
