@@ -226,7 +226,7 @@ def exact_share(tmp_path: Path, *flags: str) -> float:
 
 @pytest.mark.parametrize(("estimator", "low", "high"), [("k1", 0.95, 1.0), ("k3", -math.inf, 0.8)])
 def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
-    """Six tokens, all responses listed: k1 reaches the best policy, k3 as a reward does not. The suite has five seeds."""
+    """Four tokens, all responses listed: k1 reaches the best policy, k3 as a reward does not. The suite has five seeds."""
     flags = ["--total-timesteps", str(50 * 128 * 3), "--num-envs", "128", "--num-minibatches", "2", "--learning-rate", "5e-3"]
     assert low <= exact_share(tmp_path, "--kl-estimator", estimator, *flags) <= high
 
@@ -267,6 +267,48 @@ def test_rlhf_06_rlhf_07_whitening_against_numpy():
     np.testing.assert_allclose(batch.return_[valid], raw.mean() + (raw - raw.mean()) / raw.std(), atol=1e-4)
     normalized = ppo_rlhf.normalize_advantages(batch.advantage, batch.valid)[valid].numpy()
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_rlhf_08_advantages_of_each_response_against_a_loop(gamma, gae_lambda):
+    """Nothing flows from one response into another, nor from behind the end into a response."""
+    _, _, runner, agent = start(norm_adv="none", gamma=gamma, gae_lambda=gae_lambda, head_init="torch", kl_coef=0.3)
+    agent.lm.embedding.weight.data += 0.05 * torch.randn_like(agent.lm.embedding.weight)
+    rollout = runner.play(agent, 1)
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    tokens, mask, valid, _ = rollout.responses
+    assert len(set(valid.sum(1).tolist())) > 1
+    with torch.no_grad():
+        reference = runner.reference(tokens, mask, valid.shape[1]).logprob
+    for n in range(len(tokens)):
+        length, advantage, next_value = int(valid[n].sum()), 0.0, 0.0
+        for t in reversed(range(length)):
+            reward = -0.3 * (batch.logprob[n, t] - reference[n, t]).item() + (
+                rollout.scores[n].item() if t == length - 1 else 0
+            )
+            advantage = reward + gamma * next_value - batch.value[n, t].item() + gamma * gae_lambda * advantage
+            next_value = batch.value[n, t].item()
+            assert batch.advantage[n, t].item() == pytest.approx(advantage, abs=1e-4)
+            assert batch.return_[n, t].item() == pytest.approx(advantage + next_value, abs=1e-4)
+
+
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_rlhf_09_rlhf_10_rlhf_28_rlhf_29_loss_against_numpy(clip_vloss):
+    rng = np.random.default_rng(0)
+    valid = (rng.random((6, 5)) < 0.7).astype(float)
+    old_logprob, new_logprob, old_value, new_value, advantage, target, entropy = rng.normal(0, 0.5, (7, 6, 5))
+    ratio, error = np.exp(new_logprob - old_logprob), (new_value - target) ** 2
+    near = old_value + np.clip(new_value - old_value, -0.2, 0.2)
+    error = np.maximum(error, (near - target) ** 2) if clip_vloss else error
+    objective = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+    mean = lambda x: (x * valid).sum() / valid.sum()  # noqa: E731
+    expected = -mean(objective) + 0.1 * 0.5 * mean(error) - 0.3 * mean(entropy)
+    tensors = map(torch.as_tensor, (old_logprob, old_value, advantage, target, valid))
+    old = Batch(torch.zeros(6, 7), torch.zeros(6, 7), *tensors)
+    new = ppo_rlhf.Output(*map(torch.as_tensor, (new_logprob, entropy, new_value)))
+    loss, _ = ppo_rlhf.ppo_loss(new, old, torch.tensor(0.2), 0.1, 0.3, True, clip_vloss)
+    assert loss.item() == pytest.approx(expected)
+    assert (Args.vf_coef, Args.clip_coef, Args.ent_coef, Args.clip_vloss) == (0.1, 0.2, 0, True)
 
 
 def test_rlhf_11_rlhf_13_heads():
