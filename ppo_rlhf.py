@@ -877,6 +877,7 @@ def train(args: Args) -> dict:
     if args.device == "cuda":  # under torchrun each rank has a GPU of its own
         torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     run = RunOfRanks(args) if args.world_size > 1 else Run(args)
+    refuse_foreign(run)
     models = load_models(args)
     runner = Runner(args, models)
     agent = make_agent(args, models)
@@ -1193,6 +1194,15 @@ def keep(settings: list, code: list, make: Callable[[], dict]) -> dict:
         return read_tensors(file)
 
 
+def refuse_foreign(run: "Run"):
+    """UsageError where the run directory holds another run; said before the stages, which take minutes."""
+    own = {*LOGS, "checkpoint.tmp", Path(__file__).name, "wandb"}
+    if not run.checkpoint and run.dir.is_dir() and not set(os.listdir(run.dir)) <= own:
+        resumable = (run.dir / "checkpoint.pt").is_file()
+        remedy = f"--resume {shlex.quote(str(run.dir))} continues it, " if resumable else ""
+        raise UsageError(f"{run.dir} exists: {remedy}another --run-dir starts anew")
+
+
 def load_models(args: Args) -> Models:
     """What PPO begins with: from the run directory, or else from the cache, or else made now, stage by stage."""
     if args.model:
@@ -1333,10 +1343,14 @@ def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
     transformers = import_transformers()
     transformers.logging.disable_progress_bar()
     try:
-        model = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32)
-        return model, transformers.AutoTokenizer.from_pretrained(path)
+        model, told = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # many kinds: no directory, no weights, no network, unknown architecture
         raise UsageError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+    if told["missing_keys"]:  # transformers would fill them with random numbers
+        missing = ", ".join(sorted(told["missing_keys"])[:3])
+        raise UsageError(f"the model {path} has no weights for {missing}: it was saved as another kind of model")
+    return model, tokenizer
 
 
 def load_pretrained(args: Args) -> Models:
@@ -1349,6 +1363,9 @@ def load_pretrained(args: Args) -> Models:
     model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
     model.check(args.model)
     prompts = [tokenizer.encode(line) for line in lines]
+    for line, tokens in zip(lines, prompts, strict=True):
+        if not tokens:
+            raise UsageError(f"prompts {args.prompts}: the tokenizer of {args.model} makes no token of {line[:40]!r}")
     held_out = prompts[: len(prompts) // 18] or prompts
     rows = [[*tokenizer.encode(text)[: model.context - 1], model.eos] for text in texts]
     return Models(tokenizer, model.to(args.device), None, rows, prompts[len(prompts) // 18 :], held_out, {})

@@ -1,4 +1,5 @@
-"""The plots of report.py that plot.py has not: the paper's Table 1, the effect of details, the measured KL.
+"""The plots of report.py that plot.py has not: the paper's Table 1, the effect of details, the measured KL,
+the score of a language model against its KL.
 
 Each takes data that are plain numbers and gives a figure. The digest of both is stored in the SVG file, so that a check
 needs no drawing.
@@ -96,6 +97,29 @@ def draw_kl(data: dict, plt):
     axes.flat[0].set_ylabel("KL of an update, mean of about 5")
     axes.flat[-1].legend(loc="lower left")
     figure.tight_layout()
+    return figure
+
+
+def draw_rlhf(data: dict, plt):
+    """A row for each suite: the score that PPO maximizes and VADER against the root of the KL; a line for each run.
+
+    data: {suite: {setting: {seed: [[KL, score, VADER], ...]}}}, a point for each evaluation in the course of training.
+    """
+    figure, axes = plt.subplots(len(data), 2, figsize=(7.5, 2.7 * len(data)), squeeze=False, layout="constrained")
+    for row, (suite, settings) in zip(axes, data.items(), strict=True):
+        for (setting, by_seed), (color, line, marker) in zip(settings.items(), STYLES, strict=False):
+            look = {"color": color, "marker": marker, "mfc": "white" if marker in "sDP" else color, "markersize": 4}
+            for i, points in enumerate(by_seed.values()):
+                kl, *measures = np.array(points).T
+                for axis, values in zip(row, measures, strict=True):
+                    axis.plot(np.sqrt(np.maximum(kl, 0)), values, line, label=None if i else setting, **look)
+        row[0].set_title(f"{suite}: what PPO maximizes")
+        row[1].set_title(f"{suite}: VADER")
+        row[0].set_ylabel("score (deviations of the\nreference's samples)")
+        row[1].set_ylabel("VADER (-1 to 1)")
+        row[0].legend(loc="best")
+    for axis in axes[-1]:
+        axis.set_xlabel("square root of the KL of a response (nats)")
     return figure
 
 

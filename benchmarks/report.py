@@ -419,6 +419,21 @@ def table_rlhf(r: Results) -> str:
     return markdown(head, rows) + footers
 
 
+def table_rlhf_details(r: Results) -> str:
+    """Each detail off beside all on, after the training."""
+    on = ("rlhf-human", "beta 0.05", "human")
+    rows, measures = [], ("score", "vader", "kl", "ended", "length", "distinct_2")
+    for name, key in {"all on": on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
+        if seeds := r.seeds(*key):
+            ends = [[after for _, after in measured(r, *key, x)] for x in measures]
+            cells = [with_extremes(pd.Series(x), 2) if len(seeds) > 1 else f"{x[0]:.2f}" for x in ends]
+            rows.append([name, *cells, seeds_text(seeds)])
+    head = ["off", "score", "VADER", "KL", "ended", "length", "distinct pairs", "seeds"]
+    return markdown(head, rows) + (
+        r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
+    )
+
+
 def table_random(r: Results) -> str:
     rows = []
     for env in suites.MUJOCO:
@@ -516,6 +531,18 @@ def kl_data(r: Results) -> dict:
     return data
 
 
+def rlhf_data(r: Results) -> dict:
+    """suite -> setting -> seed -> KL, score and VADER of each evaluation in the course of training."""
+    data: dict = {}
+    for suite in ("rlhf-human", "rlhf-overopt"):
+        for setting, (_, env, _) in suites.RLHF[suite].items():
+            group = r.groups.get((suite, setting, env), r.runs[:0])
+            for seed, curve in zip(group["seed"], group["curve"], strict=True):
+                points = [[round(e[x], 4) for x in ("kl", "score", "vader")] for e in curve["evaluations"]]
+                data.setdefault(suite, {}).setdefault(setting, {})[str(seed)] = points
+    return data
+
+
 def curves_of(lines: dict[str, tuple[str, str]], envs) -> Callable[[Results], dict]:
     return lambda r: curves_data(r, lines, envs)
 
@@ -527,6 +554,7 @@ PLOTS: dict[str, tuple[str, Callable[[Results], dict], Callable]] = {
     "kl": ("Measured KL of the adaptive penalty", kl_data, figures.draw_kl),
     "details": ("Effect of each detail", details_data, figures.draw_details),
     "atari_short": ("Learning curves on Atari without a GPU", curves_of(ATARI_LINES, ("Pong", "Breakout")), plot.draw_curves),
+    "rlhf": ("Score and VADER against the KL to the reference", rlhf_data, figures.draw_rlhf),
     "atari": ("Learning curves on Atari", curves_of({"PPO": ("table6", "default")}, suites.ATARI), plot.draw_curves),
 }
 TABLES: dict[str, Callable[[Results], str]] = {

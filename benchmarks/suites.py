@@ -153,6 +153,32 @@ RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
         f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
     },  # 16,000 are in rlhf-human
 }
+# One detail of ppo_rlhf.py off at a time; the baseline is rlhf-human, beta 0.05. Models of the stages come from the cache.
+RLHF_DETAILS: dict[str, dict[str, Any]] = {
+    "03 penalty by k3": {"kl_estimator": "k3"},
+    "04 KL target 10": {"kl_target": 10.0, "kl_horizon": 1000.0},
+    "05 scores not normalized": {"norm_score": False},
+    "06 rewards whitened": {"whiten_rewards": True},
+    "07 advantages not normalized": {"norm_adv": "none"},
+    "08 lambda 1": {"gae_lambda": 1.0},
+    "09 no value clipping": {"clip_vloss": False},
+    "10 value loss weight 1": {"vf_coef": 1.0},
+    "11, 13 heads as in torch": {"head_init": "torch"},
+    "12 separate value network": {"value": "separate"},
+    "14 mean over tokens": {"reward_pool": "mean"},
+    "16, 18 no stop at the end": {"stop_at_eos": False},
+    "17 own score without an end": {"no_eos_score": None},
+    "20 temperature 0.7": {"temperature": 0.7},
+    "24 Adam epsilon 1e-8": {"adam_eps": 1e-8},
+    "25 constant learning rate": {"anneal_lr": False},
+    "26 one epoch": {"update_epochs": 1},
+    "28 no policy clipping": {"clip_policy": False},
+    "29 entropy bonus 0.01": {"ent_coef": 0.01},
+    "32 scores limited to 2": {"score_clip": 2.0},
+    "33 PPO-ptx 1": {"ptx_coef": 1.0},
+    "35 value warm-up 5": {"value_warmup": 5},
+}
+RLHF["rlhf-details"] = {setting: ("ppo_rlhf.py", "human", flags) for setting, flags in RLHF_DETAILS.items()}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def share(count: int, runs: int) -> str:
 
 
 def with_extremes(values: pd.Series, digits: int) -> str:
-    """Median [min, max] of alternations; empty where nothing was measured."""
+    """Median [min, max] of alternations or seeds; empty where nothing was measured."""
     form = f".{digits}f"
     return f"{values.median():{form}} [{values.min():{form}}, {values.max():{form}}]" if values.notna().any() else ""
 

@@ -226,7 +226,7 @@ def exact_share(tmp_path: Path, *flags: str) -> float:
 
 @pytest.mark.parametrize(("estimator", "low", "high"), [("k1", 0.95, 1.0), ("k3", -math.inf, 0.8)])
 def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
-    """Six tokens, all responses listed: k1 reaches the best policy, k3 as a reward does not. The suite has five seeds."""
+    """Four tokens, all responses listed: k1 reaches the best policy, k3 as a reward does not. The suite has five seeds."""
     flags = ["--total-timesteps", str(50 * 128 * 3), "--num-envs", "128", "--num-minibatches", "2", "--learning-rate", "5e-3"]
     assert low <= exact_share(tmp_path, "--kl-estimator", estimator, *flags) <= high
 
@@ -267,6 +267,48 @@ def test_rlhf_06_rlhf_07_whitening_against_numpy():
     np.testing.assert_allclose(batch.return_[valid], raw.mean() + (raw - raw.mean()) / raw.std(), atol=1e-4)
     normalized = ppo_rlhf.normalize_advantages(batch.advantage, batch.valid)[valid].numpy()
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_rlhf_08_advantages_of_each_response_against_a_loop(gamma, gae_lambda):
+    """Nothing flows from one response into another, nor from behind the end into a response."""
+    _, _, runner, agent = start(norm_adv="none", gamma=gamma, gae_lambda=gae_lambda, head_init="torch", kl_coef=0.3)
+    agent.lm.embedding.weight.data += 0.05 * torch.randn_like(agent.lm.embedding.weight)
+    rollout = runner.play(agent, 1)
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    tokens, mask, valid, _ = rollout.responses
+    assert len(set(valid.sum(1).tolist())) > 1
+    with torch.no_grad():
+        reference = runner.reference(tokens, mask, valid.shape[1]).logprob
+    for n in range(len(tokens)):
+        length, advantage, next_value = int(valid[n].sum()), 0.0, 0.0
+        for t in reversed(range(length)):
+            reward = -0.3 * (batch.logprob[n, t] - reference[n, t]).item() + (
+                rollout.scores[n].item() if t == length - 1 else 0
+            )
+            advantage = reward + gamma * next_value - batch.value[n, t].item() + gamma * gae_lambda * advantage
+            next_value = batch.value[n, t].item()
+            assert batch.advantage[n, t].item() == pytest.approx(advantage, abs=1e-4)
+            assert batch.return_[n, t].item() == pytest.approx(advantage + next_value, abs=1e-4)
+
+
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_rlhf_09_rlhf_10_rlhf_28_rlhf_29_loss_against_numpy(clip_vloss):
+    rng = np.random.default_rng(0)
+    valid = (rng.random((6, 5)) < 0.7).astype(float)
+    old_logprob, new_logprob, old_value, new_value, advantage, target, entropy = rng.normal(0, 0.5, (7, 6, 5))
+    ratio, error = np.exp(new_logprob - old_logprob), (new_value - target) ** 2
+    near = old_value + np.clip(new_value - old_value, -0.2, 0.2)
+    error = np.maximum(error, (near - target) ** 2) if clip_vloss else error
+    objective = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+    mean = lambda x: (x * valid).sum() / valid.sum()  # noqa: E731
+    expected = -mean(objective) + 0.1 * 0.5 * mean(error) - 0.3 * mean(entropy)
+    tensors = map(torch.as_tensor, (old_logprob, old_value, advantage, target, valid))
+    old = Batch(torch.zeros(6, 7), torch.zeros(6, 7), *tensors)
+    new = ppo_rlhf.Output(*map(torch.as_tensor, (new_logprob, entropy, new_value)))
+    loss, _ = ppo_rlhf.ppo_loss(new, old, torch.tensor(0.2), 0.1, 0.3, True, clip_vloss)
+    assert loss.item() == pytest.approx(expected)
+    assert (Args.vf_coef, Args.clip_coef, Args.ent_coef, Args.clip_vloss) == (0.1, 0.2, 0, True)
 
 
 def test_rlhf_11_rlhf_13_heads():
@@ -579,6 +621,53 @@ def test_pretrained_models_that_are_refused(monkeypatch):
         start(model="./nowhere", **given)
 
 
+def test_pretrained_prompts_that_are_refused():
+    save_pretrained("lm", "gpt2")
+    Path("long.txt").write_text("good " * 60 + "\n")
+    Path("empty.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes(b"a\xe9b")
+    given = {"model": "lm", "env": "words:score", "data": ""}
+    with pytest.raises(UsageError, match="the longest prompt and num_steps = 8 make 68 tokens, but the model reads 64"):
+        start(prompts="long.txt", **given)
+    with pytest.raises(UsageError, match=r"prompts empty.txt has no lines"):
+        start(prompts="empty.txt", **given)
+    with pytest.raises(UsageError, match=r"prompts latin.txt is not UTF-8: byte 1"):
+        start(prompts="latin.txt", **given)
+
+
+def test_prompts_without_a_token_are_refused(monkeypatch):
+    save_pretrained("lm", "gpt2")
+    Path("prompts.txt").write_text("the film\nis\n")
+    monkeypatch.setattr(ppo_rlhf.PretrainedTokenizer, "encode", lambda self, text: [3] if "film" in text else [])
+    with pytest.raises(UsageError, match="the tokenizer of lm makes no token of 'is'"):
+        start(model="lm", prompts="prompts.txt", env="words:score", data="")
+
+
+def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
+    """The end token of a response is a token like any other: it ends the response and it is learned."""
+    save_pretrained("lm", "gpt2")
+    Path("prompts.txt").write_text("the film is\nthe\n")
+    _, models, runner, agent = start(
+        model="lm", prompts="prompts.txt", env="words:score", data="", num_envs=64, total_timesteps=512
+    )
+    own = models.tokenizer.tokenizer
+    assert own.pad_token_id == own.eos_token_id == agent.lm.eos
+    rollout = runner.play(agent, 1)
+    tokens, valid = rollout.responses.tokens[:, -rollout.responses.valid.shape[1] :], rollout.responses.valid
+    ended = [row[row_valid][-1].item() == agent.lm.eos for row, row_valid in zip(tokens, valid, strict=True)]
+    assert rollout.ended.tolist() == ended and 10 < sum(ended) < 64
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    at_end = (tokens == agent.lm.eos) & valid
+    assert (batch.mask[:, -valid.shape[1] :][at_end]).all() and (batch.advantage[at_end] != 0).all()
+
+
+def test_reward_model_without_a_head_is_refused():
+    """transformers gives a language model a random head and only warns."""
+    save_pretrained("lm", "gpt2")
+    with pytest.raises(UsageError, match=r"the model lm has no weights for score\.weight: it was saved as another kind"):
+        ppo_rlhf.load_classifier("lm", "cpu")
+
+
 def test_pretrained_reward_model():
     """A classifier of another family and tokenizer than the policy's."""
     config = save_pretrained("rm", "llama", num_labels=1)
@@ -702,6 +791,17 @@ def test_damaged_archive_and_missing_network(tmp_path, monkeypatch):
     (tmp_path / "other" / "ppo_rlhf" / ppo_rlhf.SDIST).write_bytes(b"something else")
     with pytest.raises(UsageError, match="is not the file of that name that this script knows: delete it"):
         ppo_rlhf.load_sentences(tiny(data=""))
+
+
+@pytest.mark.parametrize("there", ["checkpoint.pt", "notes.txt"])
+def test_foreign_run_directory_is_refused_before_the_stages(there, monkeypatch):
+    Path("run").mkdir()
+    Path("run", there).write_text("of somebody else")
+    monkeypatch.setattr(ppo_rlhf, "load_models", lambda args: pytest.fail("the stages began"))
+    remedy = "--resume run continues it, " if there == "checkpoint.pt" else ""
+    with pytest.raises(UsageError, match=f"run exists: {remedy}another --run-dir starts anew"):
+        ppo_rlhf.train(tiny())
+    assert Path("run", there).read_text() == "of somebody else"
 
 
 def test_comparisons_follow_the_votes():
