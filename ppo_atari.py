@@ -8,7 +8,7 @@
 Breakout 20.4 [17.8, 23.7] after 1M steps (last 100 games, 3 seeds), 19.6 [18.1, 20.6] with --precision bfloat16, and
 35.5 [27.9, 39.9] with --precision bfloat16 --learning-rate 5e-4 --clip-coef 0.2 --num-minibatches 8.
 395 steps/s on one core of an Intel Xeon with AVX-512, 833 in bfloat16 with its AMX; 190 in float32 on an AMD EPYC with AVX2.
-The path for a GPU (CUDA graphs for policy step and gradient, pinned copies) is written but untested: none was at hand.
+The path for a GPU (CUDA graphs of policy step and update, pinned copies) has run on a stand-in only: none was at hand.
 
 Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
