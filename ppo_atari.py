@@ -8,7 +8,7 @@
 Breakout 20.4 [17.8, 23.7] after 1M steps (last 100 games, 3 seeds), 19.6 [18.1, 20.6] with --precision bfloat16, and
 35.5 [27.9, 39.9] with --precision bfloat16 --learning-rate 5e-4 --clip-coef 0.2 --num-minibatches 8.
 395 steps/s on one core of an Intel Xeon with AVX-512, 833 in bfloat16 with its AMX; 190 in float32 on an AMD EPYC with AVX2.
-The path for a GPU (CUDA graphs for policy step and gradient, pinned copies) is written but untested: none was at hand.
+The path for a GPU (CUDA graphs of policy step and update, pinned copies) has run on a stand-in only: none was at hand.
 
 Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
@@ -467,12 +467,12 @@ def ppo_loss(
 
 
 def make_update(agent: Agent, args: Args):
-    """The update by one minibatch, as one function that torch.compile turns into one graph.
+    """The update by one minibatch, as two functions that join_update puts together.
 
-    update(theta, adam, batch, mb_inds, hyper) changes the flat parameter vector theta and the Adam state (first moment,
-    second moment) in place and returns what is logged, each a scalar tensor. hyper (3,): clip range, and of Adam the step size
-    and the bias of its second moment. Ranks average their gradients. theta is one vector so that norm and Adam are single
-    operations; functional_call runs the agent with its parts.
+    compute_gradient(theta, batch, mb_inds, clip_coef) returns the gradient of the loss in the flat parameter vector
+    theta and what is logged, each a scalar tensor. adam_step(theta, adam, gradient, step_size, bias2) changes theta and the
+    Adam state (first moment, second moment) in place and returns the norm of the gradient. theta is one vector so that norm
+    and Adam are single operations; functional_call runs the agent with its parts.
     """
     like = dict(agent.named_parameters())
 
@@ -484,12 +484,12 @@ def make_update(agent: Agent, args: Args):
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
         return ppo_loss(new, minibatch, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
 
-    def update(theta, adam, batch: Batch, mb_inds, hyper):
-        clip_coef, step_size, bias2 = hyper.unbind()
+    def compute_gradient(theta, batch: Batch, mb_inds, clip_coef):
         minibatch = Batch(*(x[mb_inds] for x in batch))
         gradient, (_, info) = torch.func.grad_and_value(loss, has_aux=True)(theta, minibatch, clip_coef)
-        if args.world_size > 1:
-            gradient = average_gradient(gradient, minibatch.valid)  # [aux: data_parallel]
+        return gradient, info
+
+    def adam_step(theta, adam, gradient, step_size, bias2):
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         # Adam (Kingma & Ba 2015, algorithm 1), written out because torch.optim.Adam would break the graph
@@ -497,7 +497,23 @@ def make_update(agent: Agent, args: Args):
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [detail 03]
-        return {**info, "grad_norm": grad_norm}
+        return grad_norm
+
+    return compute_gradient, adam_step
+
+
+def join_update(compute_gradient, adam_step, args: Args):
+    """update(theta, adam, batch, mb_inds, hyper): both functions of make_update, between which ranks average their gradients.
+
+    hyper (3,): clip range, and of Adam the step size and the bias of its second moment. Returns what is logged, as scalars.
+    """
+
+    def update(theta, adam, batch: Batch, mb_inds, hyper):
+        clip_coef, step_size, bias2 = hyper.unbind()
+        gradient, info = compute_gradient(theta, batch, mb_inds, clip_coef)
+        if args.world_size > 1:
+            gradient = average_gradient(gradient, batch.valid[mb_inds])  # [aux: data_parallel]
+        return {**info, "grad_norm": adam_step(theta, adam, gradient, step_size, bias2)}
 
     return update
 
@@ -704,7 +720,7 @@ def learn(
 ) -> tuple[dict[str, float], int]:
     """All epochs over a batch: the means of what is logged, over the ranks too, and how many epochs there were.
 
-    update: of make_update; schedule: learning rate and clip range of this iteration; updates: minibatches that Adam has seen
+    update: of join_update; schedule: learning rate and clip range of this iteration; updates: minibatches that Adam has seen
     before.
     """
     learning_rate, clip_coef = schedule
@@ -753,8 +769,11 @@ def train(args: Args) -> dict:
     agent.load(theta)
     for kept in (theta, *adam, *runner.memory):
         torch._dynamo.mark_static_address(kept)  # a CUDA graph writes into it
-    functions, one_gpu = [make_act(agent, args), make_update(agent, args)], args.device != "cpu" and args.world_size == 1
-    act, update = compile_all(functions, args, cuda_graphs=one_gpu)
+    parts, one_gpu = make_update(agent, args), args.device != "cpu" and args.world_size == 1
+    if one_gpu:  # one graph for the whole update; on a CPU that gains nothing, and ranks talk in between
+        parts = (join_update(*parts, args),)
+    act, *parts = compile_all([make_act(agent, args), *parts], args, cuda_graphs=args.device != "cpu")
+    update = parts[0] if one_gpu else join_update(*parts, args)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):

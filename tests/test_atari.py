@@ -1,6 +1,5 @@
 """ppo_atari.py: details 14-22, resets, scores, data parallel training, resume, evaluation, bad input."""
 
-import dataclasses
 import datetime
 import importlib
 import inspect
@@ -32,6 +31,7 @@ from ppo_atari import (
     Args,
     Batch,
     UsageError,
+    average_gradient,
     find_game,
     make_envs,
     make_game_step,
@@ -431,16 +431,16 @@ def record_run(monkeypatch, **changes) -> SimpleNamespace:
         return lambda action: (record.actions.append(action.copy()), step(action))[1]
 
     def recorded_update(agent, args):
-        update = make(agent, args)
+        compute_gradient, adam_step = make(agent, args)
         record.agent = agent
 
-        def recorded(theta, adam, batch, mb_inds, hyper):
+        def recorded(theta, batch, mb_inds, clip_coef):
             record.batches.append(Batch(*(x.clone() for x in batch)))
-            info = update(theta, adam, batch, mb_inds, hyper)
+            gradient, info = compute_gradient(theta, batch, mb_inds, clip_coef)
             record.kls[-1].append(float(info["approx_kl"]))
-            return info
+            return gradient, info
 
-        return recorded
+        return recorded, adam_step
 
     def recorded_gae(*args):
         theta = nn.utils.parameters_to_vector(record.agent.parameters()).detach()
@@ -521,14 +521,10 @@ def fixed_batch(n: int) -> Batch:
 
 
 def gradient_of(args: Args, batch: Batch) -> torch.Tensor:
-    """Of all ranks: what one step puts into Adam's first moment, a tenth of it."""
     torch.manual_seed(1)
     agent = Agent(4, 4, precision=args.precision)
-    theta = agent.flat()
-    adam = (torch.zeros_like(theta), torch.zeros_like(theta))
-    unclipped = dataclasses.replace(args, max_grad_norm=math.inf)
-    make_update(agent, unclipped)(theta, adam, batch, torch.arange(len(batch.obs)), torch.tensor([0.1, 1e-3, 1e-3]))
-    return adam[0] / (1 - 0.9)
+    compute_gradient, _ = make_update(agent, args)
+    return compute_gradient(agent.flat(), batch, torch.arange(len(batch.obs)), torch.tensor(0.1))[0]
 
 
 def test_reset_steps_do_not_enter_the_gradient():
@@ -565,7 +561,7 @@ def run_rank(rank: int, port: int, directory: str):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     half = Batch(*(x[4 * rank : 4 * rank + 4] for x in uneven_batch()))
-    gradient = gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half)
+    gradient = average_gradient(gradient_of(tiny_args(total_timesteps=32, norm_adv="none"), half), half.valid)
     # a checkpoint after every iteration, by the clock of rank 0, which decides for both
     clock: dict[str, Any] = {"checkpoint_every": 100, "checkpoint_minutes": 1e-9, "eval_episodes": 1}
     changes: dict[str, Any] = {"total_timesteps": 2 * 32, "update_epochs": 4, "target_kl": TARGET_KL}
@@ -865,7 +861,7 @@ def test_every_compiled_part_is_compiled_without_guards(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", spy)
     ppo_atari.train(tiny_args(compile=True, total_timesteps=16))
-    assert seen == [torch.compiler.skip_all_guards_unsafe] * 2
+    assert seen == [torch.compiler.skip_all_guards_unsafe] * 3
 
 
 def test_ranks_and_gpus_must_match(monkeypatch):

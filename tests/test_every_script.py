@@ -135,16 +135,18 @@ def updates_of(script, **changes) -> list[list[SimpleNamespace]]:
 
     def spy_update(agent, args):
         inner = make_update(agent, args)
-        if script.__name__ == "ppo_atari":  # Adam's step size is learning_rate / (1 - 0.9^count)
+        if isinstance(inner, tuple):  # Atari's two functions; Adam's step size is learning_rate / (1 - 0.9^count)
+            compute_gradient, adam_step = inner
 
-            def update_of_atari(theta, adam, batch, mb_inds, hyper):
-                clip_coef, step_size, _ = hyper.tolist()
-                given = SimpleNamespace(rows=mb_inds.clone(), clip_coef=clip_coef)
-                found[-1].append(given)
-                given.learning_rate = step_size * (1 - 0.9 ** sum(map(len, found)))
-                return inner(theta, adam, batch, mb_inds, hyper)
+            def spy_gradient(theta, batch, mb_inds, clip_coef):
+                found[-1].append(SimpleNamespace(rows=mb_inds.clone(), clip_coef=clip_coef.item()))
+                return compute_gradient(theta, batch, mb_inds, clip_coef)
 
-            return update_of_atari
+            def spy_adam(theta, adam, gradient, step_size, bias2):
+                found[-1][-1].learning_rate = step_size.item() * (1 - 0.9 ** sum(map(len, found)))
+                return adam_step(theta, adam, gradient, step_size, bias2)
+
+            return spy_gradient, spy_adam
 
         def update(theta, adam, batch, mb_inds, learning_rate, clip_coef, *others):
             given = SimpleNamespace(rows=mb_inds.clone(), clip_coef=clip_coef.item(), learning_rate=learning_rate.item())

@@ -119,9 +119,7 @@ def test_an_additional_wait_is_counted(line, edited, more):
     ],
 )
 def test_other_frames_give_other_parameters(line, edited):
-    for folder, done in (
-        ("same", run_edited("import argparse", "import argparse", "same")),
-        ("x", run_edited(line, edited, "x")),
-    ):
-        assert done.returncode == 0, f"{folder}: {done.stderr}"
-    assert not torch.equal(read_checkpoint("x")["theta"], read_checkpoint("same")["theta"])
+    for run_dir, change in (("as_it_is", line), ("edited", edited)):
+        done = run_edited(line, change, run_dir)
+        assert done.returncode == 0, done.stderr
+    assert not torch.equal(read_checkpoint("edited")["theta"], read_checkpoint("as_it_is")["theta"])
