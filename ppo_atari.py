@@ -103,7 +103,7 @@ class NonFiniteError(RuntimeError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flags. The help is the comment at the field. The bounds are in the type: what a value must, and the test of it.
+# Flags. The help is the comment at the field. The bounds are in the type: in words, and as a test.
 
 Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
@@ -404,8 +404,8 @@ def compute_gae(
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
 
     rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
-    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
-    advantages (T, N) in units of reward; those of reset steps mean nothing.
+    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode; step t + 1 is
+    then the reset. Returns advantages (T, N) in units of reward; those of reset steps mean nothing.
     """
     # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
     no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)

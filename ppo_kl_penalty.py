@@ -107,7 +107,7 @@ class NonFiniteError(RuntimeError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flags. The help is the comment at the field. The bounds are in the type: what a value must, and the test of it.
+# Flags. The help is the comment at the field. The bounds are in the type: in words, and as a test.
 
 Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
@@ -321,7 +321,9 @@ def numpy_policy(agent: Agent):
         if isinstance(module, nn.Sequential):
             continue  # its parts follow
         if isinstance(module, nn.Linear):
-            weight, bias = (x.detach().cpu().numpy() for x in (module.weight, module.bias))
+            weight, bias = (
+                np.zeros(1, np.float32) if x is None else x.detach().cpu().numpy() for x in (module.weight, module.bias)
+            )
             layers.append((np.ascontiguousarray(weight.T), bias))
         elif type(module) in activations:
             layers.append(activations[type(module)])
@@ -356,7 +358,7 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
         pairs = list(zip(acting(probe), expected, strict=True))
-        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4) or not np.isfinite(b).all() for a, b in pairs)
+        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
     except (ValueError, RuntimeError):  # shapes that do not fit
         same = False
     if not same:
@@ -386,8 +388,8 @@ def compute_gae(
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
 
     rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
-    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
-    advantages (T, N) in units of reward; those of reset steps mean nothing.
+    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode; step t + 1 is
+    then the reset. Returns advantages (T, N) in units of reward; those of reset steps mean nothing.
     """
     # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
     no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)
@@ -493,8 +495,8 @@ def make_update(agent: Agent, args: Args):
         step.add_(1)
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
-        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()  # 1 - 0.999 loses digits in float32
-        bias2 = (1 - 0.999 ** step.double()).float()
+        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()
+        bias2 = (1 - 0.999 ** step.double()).float()  # 1 - 0.999 loses digits in float32
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [detail 03]
         return {**info, "grad_norm": grad_norm}
 
@@ -899,7 +901,7 @@ class KeepInfo(gymnasium.Wrapper):
         *step, info = self.env.step(action)
         return *step, self.keep(info)
 
-    def keep(self, info: dict) -> dict:  # arrays in tuples, so that read_masks sees those of another size, and refuses them
+    def keep(self, info: dict) -> dict:  # arrays in tuples: the vector environment refuses arrays of several sizes
         kept = {key: info[key] for key in INFO_KEYS if key in info}
         return {key: (x,) if isinstance(x, np.ndarray) else x for key, x in kept.items()}
 
@@ -956,7 +958,7 @@ def make_step(envs):
         envs._send([ids, ids, action.astype(dtype)])  # in the order of _action_keys: env_id, players.env_id, action
         state = envs._recv()
         obs, reward, done, truncated = [state[i] for i in places]
-        return obs, reward, done & ~truncated, truncated
+        return obs, reward, done & ~truncated, truncated  # envpool is done at a time limit, too
 
     return step
 

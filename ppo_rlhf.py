@@ -96,7 +96,7 @@ class NonFiniteError(RuntimeError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flags. The help is the comment at the field. The bounds are in the type: what a value must, and the test of it.
+# Flags. The help is the comment at the field. The bounds are in the type: in words, and as a test.
 
 Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
@@ -511,8 +511,8 @@ def compute_gae(
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16; PPO paper, eq. 11-12).
 
     rewards, terminated, truncated: (T, N), of step t; values: (T + 1, N), of the observation before step t. With
-    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode. Returns
-    advantages (T, N) in units of reward; those of reset steps mean nothing.
+    next-step autoreset values[t + 1] belongs to the true final observation where step t ended an episode; step t + 1 is
+    then the reset. Returns advantages (T, N) in units of reward; those of reset steps mean nothing.
     """
     # [ours: bootstrap_truncated] only a termination has no future; after a time limit the final observation's value counts
     no_future = terminated if bootstrap_truncated else torch.maximum(terminated, truncated)
@@ -621,8 +621,8 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         step.add_(1)
         first_moment.lerp_(gradient, 1 - 0.9)
         second_moment.lerp_(gradient * gradient, 1 - 0.999)
-        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()  # 1 - 0.999 loses digits in float32
-        bias2 = (1 - 0.999 ** step.double()).float()
+        step_size = (learning_rate / (1 - 0.9 ** step.double())).float()
+        bias2 = (1 - 0.999 ** step.double()).float()  # 1 - 0.999 loses digits in float32
         theta.sub_(step_size * first_moment / ((second_moment / bias2).sqrt() + args.adam_eps))  # [rlhf 24]
         return {**info, "grad_norm": grad_norm}
 

@@ -55,6 +55,7 @@ TRAINS: dict[str, list[tuple[str, str]]] = {
     "hidden size": [(FIRST, "nn.Linear(obs_dim, 48)"), (SECOND, "nn.Linear(48, 32)"), (LAST, "nn.Linear(32, out_dim)")],
     "a layer more": [(f"layer_init({SECOND}, math.sqrt(2), weight_init)", f"{SECOND}, nn.Tanh(), {SECOND}")],
     "ReLU": [("nn.Tanh()", "nn.ReLU()")],
+    "a layer without bias": [(SECOND, "nn.Linear(64, 64, bias=False)")],
     "shared trunk": [*TRUNK, (COPIED, "in nn.Sequential(agent.trunk, agent.actor).modules():")],
     "second critic": [
         SECOND_CRITIC,
