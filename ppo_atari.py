@@ -770,7 +770,7 @@ def train(args: Args) -> dict:
     for kept in (theta, *adam, *runner.memory):
         torch._dynamo.mark_static_address(kept)  # a CUDA graph writes into it
     parts, one_gpu = make_update(agent, args), args.device != "cpu" and args.world_size == 1
-    if one_gpu:  # one graph for the whole update; on a CPU that gains nothing, and ranks talk in between
+    if one_gpu:  # one graph for the whole update; on a CPU it has other bits, and ranks talk in between
         parts = (join_update(*parts, args),)
     act, *parts = compile_all([make_act(agent, args), *parts], args, cuda_graphs=args.device != "cpu")
     update = parts[0] if one_gpu else join_update(*parts, args)
