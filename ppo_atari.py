@@ -92,6 +92,7 @@ gc.enable()
 gc.freeze()  # what they loaded stays until the end, so it is never scanned
 
 KIND = "ppo_atari"  # of checkpoints; stays when the file is renamed
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
 
 
 class UsageError(Exception):
@@ -1069,7 +1070,7 @@ def describe_run(args: Args) -> dict:
     return {
         "args": plain(args),
         "script": Path(__file__).name,
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "script_sha256": SCRIPT_SHA256,
         "git_revision": git.stdout.strip() or None if git else None,
         "versions": versions,
         "cpu": model.group(1) if model else platform.processor(),
@@ -1224,6 +1225,7 @@ class Run:
             os.fsync(log.fileno())
         checkpoint = {
             "kind": KIND,
+            "script_sha256": SCRIPT_SHA256,
             "args": dataclasses.asdict(self.args),
             "spaces": self.spaces.describe(),
             "iteration": iteration,
@@ -1518,6 +1520,8 @@ def translate(words: list[str]) -> list[str]:
 
 def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
+    if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
+        say(f"warning: {file} is of another version of this script")
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except (KeyError, TypeError) as error:

@@ -96,6 +96,7 @@ gc.freeze()  # what they loaded stays until the end, so it is never scanned
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
 KIND = "ppo_shared_params"  # of checkpoints; stays when the file is renamed
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
 # of an observation or info that holds an action mask; the others say the opposite, and are refused
 MASK_KEYS: tuple[str, ...] = ("action_mask", "legal_action_mask", "action_masks", "legal_actions_mask", "valid_action_mask")
 MASK_KEYS += ("avail_actions", "available_actions", "legal_actions", "valid_actions")
@@ -1417,7 +1418,7 @@ def describe_run(args: Args) -> dict:
     return {
         "args": plain(args),
         "script": Path(__file__).name,
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "script_sha256": SCRIPT_SHA256,
         "git_revision": git.stdout.strip() or None if git else None,
         "versions": versions,
         "cpu": model.group(1) if model else platform.processor(),
@@ -1572,6 +1573,7 @@ class Run:
             os.fsync(log.fileno())
         checkpoint = {
             "kind": KIND,
+            "script_sha256": SCRIPT_SHA256,
             "args": dataclasses.asdict(self.args),
             "spaces": self.spaces.describe(),
             "iteration": iteration,
@@ -1832,6 +1834,8 @@ def translate(words: list[str]) -> list[str]:
 
 def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
+    if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
+        say(f"warning: {file} is of another version of this script")
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except (KeyError, TypeError) as error:

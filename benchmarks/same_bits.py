@@ -28,7 +28,7 @@ from gymnasium.spaces import Box, Discrete
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_share", "charts/policy_share")
-FREE = ("args/run_dir", "args/resume", "log_sizes", "wandb_id")  # of checkpoints
+FREE = ("args/run_dir", "args/resume", "script_sha256", "log_sizes", "wandb_id")  # of checkpoints
 
 MUJOCO: dict[str, list[str]] = {
     "--env": ["Hopper"],

@@ -342,3 +342,14 @@ def test_dict_observations_of_envpool(name, size):
     assert len(read_metrics("run")) == 5
     assert result["evaluation"]["lengths"] == [30]
     assert Agent(size, 1).obs_dim == size
+
+
+def test_a_checkpoint_of_another_version_says_so(capsys):
+    """ReLU in place of tanh leaves the size of theta as it is, so nothing else would tell."""
+    train(tiny_args())
+    copy = edited([("nn.Tanh()", "nn.ReLU()")])
+    capsys.readouterr()
+    for script, told in ((ppo_continuous, False), (copy, True)):
+        script.load_policy("run")
+        err = capsys.readouterr().err
+        assert ("warning: run/checkpoint.pt is of another version of this script" in err) == told, err

@@ -46,7 +46,7 @@ def test_same_seed_same_bits_other_seed_other_numbers():
     a, b, c = (read_checkpoint(run_dir) for run_dir in "abc")
     for key in a.keys() - {"args", "log_sizes", "wandb_id"}:
         assert equal(a[key], b[key]), key
-        if key not in ("kind", "iteration", "global_step", "spaces"):
+        if key not in ("kind", "script_sha256", "iteration", "global_step", "spaces"):
             assert not equal(a[key], c[key]), key
     assert [r["losses/value_loss"] for r in read_metrics("a")[1:]] != [r["losses/value_loss"] for r in read_metrics("c")[1:]]
 
