@@ -371,7 +371,7 @@ def table_measured(r: Results) -> str:
     levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
     if any(cell for _, cell in levels):
         lines.append("Walker2d in that table: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
-        lines[-1] += "; the paper's Figure 3 shows 3000 to 3460."
+        lines[-1] += "; in the paper's Figure 3, of the same setting, 3000 and 3460 (two readings)."
     reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
     if len(reacher) and low is not None:
         below = share(int((reacher < low[0]).sum()), len(reacher))
@@ -381,10 +381,13 @@ def table_measured(r: Results) -> str:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
         lines.append("TRPO, tuned, minus PPO: ")
         clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
-        open_ = [env for env in known if not told[env]]
+        open_ = [f"{env} ({difference(*xy)})" for env, xy in known.items() if not told[env]]
         lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
-    if cell := r.cell("atari-short", LARGER, "Breakout"):
-        lines.append(f"Breakout, 1M steps, [larger updates]({page}#atari-on-a-cpu): {cell}, 3 seeds.")
+    larger, default = (r.cell("atari-short", setting, "Breakout") for setting in (LARGER, "bfloat16"))
+    if larger and default:
+        lines.append(
+            f"Breakout, 1M steps, [larger updates]({page}#atari-on-a-cpu): {larger}, defaults {default}, 3 seeds each."
+        )
     return "".join(f"- {line}\n" for line in lines)
 
 
