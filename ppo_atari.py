@@ -539,6 +539,18 @@ def upload(x: torch.Tensor, args: Args) -> torch.Tensor:
     return x if args.device == "cpu" else x.pin_memory().to(args.device, non_blocking=True)
 
 
+def mark_step(args: Args):
+    """What CUDA graphs returned before may be overwritten from here on."""
+    if args.device != "cpu":  # where this would import the compiler for nothing
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def mark_static(args: Args, *tensors: torch.Tensor):
+    """These stay where they are in memory: a CUDA graph reads and writes them there, without a copy."""
+    for x in tensors if args.device != "cpu" else ():
+        torch._dynamo.mark_static_address(x)
+
+
 def make_act(agent: Agent, args: Args):
     """The policy step, as one function that torch.compile turns into one graph.
 
@@ -591,7 +603,7 @@ class Runner:
         self.global_step, self.recent_returns = 0, deque[float](maxlen=100)
         obs = torch.zeros(T + 1, *to_blocks(first_obs).shape, dtype=torch.uint8, device=args.device)
         actions = torch.zeros(T + 1, N, dtype=torch.int64, device=args.device)
-        self.memory = (obs, actions, *(torch.zeros(T + 1, N, device=args.device) for _ in range(2)))
+        self.memory: Any = (obs, actions, *(torch.zeros(T + 1, N, device=args.device) for _ in range(2)))
         self.row = torch.arange(T + 1, device=args.device).split(1)
         if args.device != "cpu":  # raw frames on their way to the device
             self.pinned = torch.from_numpy(first_obs).pin_memory()
@@ -640,7 +652,7 @@ class Runner:
         step_envs, env_seconds = make_game_step(self.envs), 0.0
         noise = upload(torch.empty(T, N * args.world_size, self.spaces.num_actions).exponential_()[:, self.mine], args)
         for t in range(T):  # [detail 01]
-            torch.compiler.cudagraph_mark_step_begin()
+            mark_step(args)
             # one pass for all three: another over the rollout would cost as much as the rollout's
             action = act(self.frames, noise[t], self.row[t], memory).cpu().numpy()  # waits for the device
             start = time.perf_counter()
@@ -649,11 +661,12 @@ class Runner:
             self.rewards[t], self.terminated[t], self.truncated[t] = seen.reward, seen.terminated, seen.truncated
             self.raw_rewards[t], self.game_over[t] = seen.raw_reward, seen.game_over
             self.show(seen.obs)
-        torch.compiler.cudagraph_mark_step_begin()
+        mark_step(args)
         act(self.frames, noise[0], self.row[T], memory)  # for the value; the next rollout begins with these frames
         self.valid[1:] = ~((self.terminated | self.truncated) & args.mask_resets)  # [ours: mask_resets]
-        ends, valid, episodes = (self.terminated, self.truncated), self.valid[:T], self.end_episodes()
-        return Rollout(*memory, self.rewards, *ends, valid, episodes, env_seconds)
+        obs, actions, logprobs, values = memory
+        steps = (obs, actions, logprobs, values, self.rewards, self.terminated, self.truncated, self.valid[:T])
+        return Rollout(*steps, episodes=self.end_episodes(), env_seconds=env_seconds)
 
     def end_episodes(self) -> list[tuple[int, float, int]]:
         """Counts the steps of this rollout; (global step, return, length) of each game that ended in it, in any rank."""
@@ -694,7 +707,7 @@ def make_batch(rollout: Rollout, args: Args) -> Batch:
         return_=return_,
         valid=valid,
     )
-    torch._dynamo.mark_static_address(batch.obs)  # the same memory each time, which a CUDA graph need not copy
+    mark_static(args, batch.obs)
     if args.norm_adv == "batch":
         batch = batch._replace(advantage=normalize_advantages(batch.advantage, batch.valid))
     return batch
@@ -729,12 +742,12 @@ def learn(
     # count comes from outside, because inside each parameter would compute the powers anew
     counts = updates + np.arange(1, args.update_epochs * args.num_minibatches + 1)
     columns = np.broadcast_arrays(clip_coef, learning_rate / (1 - 0.9**counts), 1 - 0.999**counts)
-    hyper = upload(torch.from_numpy(np.float32(columns).T.copy()), args)  # (updates, 3)
+    hyper = upload(torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)), args)  # (updates, 3)
     log: list[torch.Tensor] = []  # what is logged of each minibatch
     for _ in range(args.update_epochs):
         order = upload(torch.randperm(len(batch.valid)), args)  # [detail 06]
         for mb_inds in order.split(args.minibatch_size):
-            torch.compiler.cudagraph_mark_step_begin()
+            mark_step(args)
             info = update(theta, adam, batch, mb_inds, hyper[len(log)])
             log.append(torch.stack(list(info.values())))  # a copy: CUDA graphs reuse their outputs
         if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
@@ -768,13 +781,13 @@ def train(args: Args) -> dict:
     run.open(state_dict())
     say(describe_device(args))
     agent.load(theta)
-    for kept in (theta, *adam, *runner.memory):
-        torch._dynamo.mark_static_address(kept)  # a CUDA graph writes into it
-    parts, one_gpu = make_update(agent, args), args.device != "cpu" and args.world_size == 1
+    mark_static(args, theta, *adam, *runner.memory)
+    parts: Any = make_update(agent, args)
+    one_gpu = args.device != "cpu" and args.world_size == 1
     if one_gpu:  # one graph for the whole update; on a CPU it has other bits, and ranks talk in between
-        parts = (join_update(*parts, args),)
+        parts = (join_update(parts[0], parts[1], args),)
     act, *parts = compile_all([make_act(agent, args), *parts], args, cuda_graphs=args.device != "cpu")
-    update = parts[0] if one_gpu else join_update(*parts, args)
+    update = parts[0] if one_gpu else join_update(parts[0], parts[1], args)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):
@@ -1016,7 +1029,7 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
         raise UsageError(f"the checkpoint was trained on the spaces {saved['spaces']}, but the environment has {ours}")
     if isinstance(expected, dict | tuple):
         for key in expected if isinstance(expected, dict) else range(len(expected)):
-            if not isinstance(saved, type(expected)) or len(saved) <= (key if isinstance(key, int) else 0):
+            if not isinstance(saved, type(expected)) or (isinstance(key, int) and len(saved) != len(expected)):
                 raise UsageError(f"the checkpoint is damaged: {name} is no {type(expected).__name__} of {len(expected)}")
             if isinstance(saved, dict) and key not in saved:
                 raise UsageError(f"the {name} is incomplete: it has no {key}")
@@ -1128,7 +1141,7 @@ class Run:
     def make_directory(self):
         """A new directory, or one in which a run was killed before its first checkpoint."""
         own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
-        made = not self.dir.exists()
+        made = [path for path in (self.dir, *self.dir.parents) if not path.exists()]
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1139,8 +1152,8 @@ class Run:
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
         except OSError as error:
-            if made:
-                shutil.rmtree(self.dir, ignore_errors=True)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True) if path == self.dir else path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
     def open(self, state: dict):

@@ -1495,7 +1495,7 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
         raise UsageError(f"the checkpoint was trained on the spaces {saved['spaces']}, but the environment has {ours}")
     if isinstance(expected, dict | tuple):
         for key in expected if isinstance(expected, dict) else range(len(expected)):
-            if not isinstance(saved, type(expected)) or len(saved) <= (key if isinstance(key, int) else 0):
+            if not isinstance(saved, type(expected)) or (isinstance(key, int) and len(saved) != len(expected)):
                 raise UsageError(f"the checkpoint is damaged: {name} is no {type(expected).__name__} of {len(expected)}")
             if isinstance(saved, dict) and key not in saved:
                 raise UsageError(f"the {name} is incomplete: it has no {key}")
@@ -1607,7 +1607,7 @@ class Run:
     def make_directory(self):
         """A new directory, or one in which a run was killed before its first checkpoint."""
         own = {*LOGS, "checkpoint.tmp", Path(__file__).name, "wandb"}
-        made = not self.dir.exists()
+        made = [path for path in (self.dir, *self.dir.parents) if not path.exists()]
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1618,8 +1618,8 @@ class Run:
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
         except OSError as error:
-            if made:
-                shutil.rmtree(self.dir, ignore_errors=True)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True) if path == self.dir else path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
     def open(self, state: dict):

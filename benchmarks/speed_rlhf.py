@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import speed
 import suites
@@ -56,7 +57,7 @@ def save_models(folder: Path):
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
 
 
-def timed(seconds: Counter, part: str, function):
+def timed(seconds: Any, part: str, function):
     """The function, with the time that it takes added to a part."""
 
     def wrapper(*args, **kwargs):
@@ -70,9 +71,9 @@ def timed(seconds: Counter, part: str, function):
 
 def measure_ours(folder: Path, iterations: int) -> tuple[list[tuple[float, float]], Counter, dict]:
     """Wall and CPU clock at the ends of iterations, seconds of the parts, versions."""
-    script = suites.load_script("ppo_rlhf")
+    script: Any = suites.load_script("ppo_rlhf")
     ends: list[tuple[float, float]] = []
-    seconds: Counter[str] = Counter()
+    seconds: Any = Counter()  # of floats
     script.generate = timed(seconds, "generation", script.generate)
     script.learn = timed(seconds, "updates", script.learn)
     log = script.Run.log
