@@ -1258,6 +1258,8 @@ class ActionMap(NamedTuple):
         """Actions (N, C) of the policy as the environments take them, (N, ...)."""
         shape = (len(action), *self.space.shape)
         if self.choices.size:
+            if len(self.choices) == 1:  # a quarter of the time of the line below
+                return self.choices[0].take(action).reshape(shape)
             return self.choices[np.arange(len(self.choices)), action].reshape(shape)
         action = action.reshape(shape)
         if clip:
