@@ -837,16 +837,18 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     for suite in ("table1", "table1-normalized"):
         fake_results(tmp_path, suite, suites.TABLE1, suites.MUJOCO, (1, 2), lambda s, e, seed: 90 if "0.2" in s else 50)
     fake_results(tmp_path, "collapse", ["no clipping or penalty"], ["Reacher"], (4, 5), lambda s, e, seed: -100)
-    fake_results(tmp_path, "atari-short", ["bfloat16, larger updates"], ["Breakout"], (1, 2, 3), lambda s, e, seed: 30)
+    settings = ["bfloat16, larger updates", "bfloat16"]
+    fake_results(tmp_path, "atari-short", settings, ["Breakout"], (1, 2, 3), lambda s, e, seed: 30 if "larger" in s else 20)
     text = report.table_measured(report.Results(tmp_path))
     for part in (
         "2 of 10, 20% [6%, 51%], end above 2400.",
         "as printed: clipping 0.2 scores 1.00 [1.00, 1.00] (paper: 0.82), no clipping or penalty 0.60 [0.60, 0.60] (paper: ",
-        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3 shows 3000 to 3460.",
+        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; in the paper's Figure 3, of"
+        " the same setting, 3000 and 3460 (two readings).",
         "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
-        " (n 3, 10); not known on Swimmer.",
-        "30.0 [30.0, 30.0], 3 seeds.",
+        " (n 3, 10); not known on Swimmer (-160 [-850, 300]).",
+        "30.0 [30.0, 30.0], defaults 20.0 [20.0, 20.0], 3 seeds each.",
     ):
         assert part in text
     assert len(text.split()) <= 150

@@ -358,10 +358,14 @@ def test_games_of_earlier_iterations_do_not_enter_the_mean_of_atari():
 def test_atari_acts_by_what_it_has_learned(monkeypatch):
     script = importlib.import_module("ppo_atari")
     play, acted, learned = script.Runner.play, [], []
-    learn = script.learn
+    learn, make_act, agents = script.learn, script.make_act, []
+
+    def spy_make_act(agent, args):
+        agents.append(agent)
+        return make_act(agent, args)
 
     def spy_play(self, act):
-        acted.append(act.__self__.flat() if hasattr(act, "__self__") else act.__wrapped__.__self__.flat())
+        acted.append(agents[-1].flat())
         return play(self, act)
 
     def spy_learn(update, theta, *others):
@@ -370,6 +374,7 @@ def test_atari_acts_by_what_it_has_learned(monkeypatch):
         return said
 
     monkeypatch.setattr(script.Runner, "play", spy_play)
+    monkeypatch.setattr(script, "make_act", spy_make_act)
     monkeypatch.setattr(script, "learn", spy_learn)
     script.train(tiny(script))
     assert len(acted) == 4
