@@ -371,7 +371,7 @@ def table_measured(r: Results) -> str:
     levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
     if any(cell for _, cell in levels):
         lines.append("Walker2d in that table: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
-        lines[-1] += "; in the paper's Figure 3, of the same setting, 3000 and 3460 (two readings)."
+        lines[-1] += "; the paper's Figure 3: 3000 and 3460 (two readings)."
     reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
     if len(reacher) and low is not None:
         below = share(int((reacher < low[0]).sum()), len(reacher))

@@ -843,8 +843,8 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     for part in (
         "2 of 10, 20% [6%, 51%], end above 2400.",
         "as printed: clipping 0.2 scores 1.00 [1.00, 1.00] (paper: 0.82), no clipping or penalty 0.60 [0.60, 0.60] (paper: ",
-        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; in the paper's Figure 3, of"
-        " the same setting, 3000 and 3460 (two readings).",
+        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3: "
+        "3000 and 3460 (two readings).",
         "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
         " (n 3, 10); not known on Swimmer (-160 [-850, 300]).",
