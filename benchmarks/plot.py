@@ -77,12 +77,15 @@ def band(curves: list[dict]) -> dict:
     return {"steps": steps, **{k: v.round(3).tolist() for k, v in rounded.items()}, "seeds": len(returns)}
 
 
-def draw_curves(data: dict, plt):
-    """A panel for each task, a line and a band for each setting: {task: {setting: band(...)}}."""
+def draw_curves(data: dict, plt, labels: list[str] | None = None):
+    """A panel for each task, a line and a band for each setting: {task: {setting: band(...)}}.
+
+    labels: all settings, in the order of their looks and of the legend; else as they come.
+    """
+    labels = labels or list(dict.fromkeys(label for settings in data.values() for label in settings))
     columns = min(4, len(data))
     rows = -(-len(data) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(max(3.1 * columns, 4.5), 2.6 * rows), squeeze=False)
-    labels = list(dict.fromkeys(label for settings in data.values() for label in settings))
     lines: dict = {}
     unit = 1e6 if max(c["steps"][-1] for settings in data.values() for c in settings.values()) > 4e5 else 1e3
     for axis, (env, settings) in zip(axes.flat, data.items(), strict=False):
@@ -108,7 +111,7 @@ def draw_curves(data: dict, plt):
         free = len(data) < axes.size  # a panel is free for the legend; else it goes below
         wide = 1 if free else max(1, min(len(lines), int(figure.get_figwidth() * 14) // (max(map(len, lines)) + 8)))
         where = "lower right" if free else "lower center"
-        figure.legend(lines.values(), lines.keys(), loc=where, ncols=wide, handlelength=4)
+        figure.legend([lines[label] for label in labels], labels, loc=where, ncols=wide, handlelength=4)
         below = 0.0 if free else (0.1 + 0.2 * -(-len(lines) // wide)) / figure.get_figheight()
     figure.tight_layout(rect=(0, below, 1, 1))
     return figure
@@ -237,7 +240,7 @@ def main(argv: list[str]) -> int:
         data: dict = {}
         for (env, label), group in runs.groupby(["env", "label"], observed=True):
             data.setdefault(env, {})[label] = band(list(group["curve"]))
-        draw_curves(data, pyplot()).savefig(options.out, dpi=150)
+        draw_curves(data, pyplot(), labels).savefig(options.out, dpi=150)
         print(final_table(runs).to_string(index=False))
         if len(labels) > 1:
             print(f"\neach setting minus {baseline}\n" + difference_table(runs, baseline).to_string(index=False))
