@@ -275,6 +275,44 @@ def write_report(file: Path, header: dict, records: list[dict]):
     os.replace(temporary, file)
 
 
+def begin(env: str, steps: int, cores: list[int] | None, threads: int) -> dict:
+    """Pins this process, and so those that it starts, to cores, by default the first allowed; the header of a report."""
+    cores = cores or (sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return {
+        "env": env,
+        "steps": steps,
+        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "cores": cores,
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()},
+    }
+
+
+def limit_threads(threads: int) -> dict[str, str]:
+    """The environment variables of a measuring process."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(threads))
+
+
+def measure_once(name: str, command: list[str], environment: dict[str, str], header: dict) -> dict | None:
+    """What a measuring process says of a contestant, its versions added to header; None, and a line, where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no output").splitlines()[-1]
+        print(f"{Path(sys.argv[0]).name}: {name} failed: {reason}", file=sys.stderr)
+        return None
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    for library, version in result.pop("versions").items():
+        known = header["versions"].setdefault(library, version)
+        if known != version and version not in known.split(" and "):
+            header["versions"][library] = f"{known} and {version}"
+    return result
+
+
 def print_table(names: list[str], records: list[dict]):
     rates = {name: {r["round"]: r["sps"] for r in records if r["contestant"] == name} for name in names}
     first = names[0]
@@ -317,24 +355,9 @@ def main() -> int:
         old, *measured = (json.loads(line) for line in file.read_text().splitlines())
         if old["env"] != options.env or list(dict.fromkeys(r["contestant"] for r in measured)) != names:
             parser.error(f"{file} is of another task or of other contestants: choose another --name or delete it")
-    cores = options.cores or (sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0])
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # the measuring processes inherit it
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    header: dict = {
-        "env": options.env,
-        "steps": options.steps,
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        "cores": cores,
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()},
-    }
-    print(f"{header['cpu']}, cores {cores}, {options.threads} thread(s), load {header['load']} before the start")
-    environment = os.environ | dict.fromkeys(
-        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads)
-    )
-    environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    header = begin(options.env, options.steps, options.cores, options.threads)
+    print(f"{header['cpu']}, cores {header['cores']}, {options.threads} thread(s), load {header['load']} before the start")
+    environment = limit_threads(options.threads) | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     records: list[dict] = []
     for number in range(1, options.rounds + 1):
         for name in names:
@@ -342,16 +365,9 @@ def main() -> int:
             command = [python, str(Path(__file__).resolve()), "--measure", what, str(num_envs)]
             command += ["--env", options.env, "--steps", str(options.steps), "--threads", str(options.threads)]
             command += ["--cleanrl", options.cleanrl]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if done.returncode:
-                reason = (done.stderr.strip() or "no output").splitlines()[-1]
-                print(f"speed.py: {name} failed: {reason}", file=sys.stderr)
+            result = measure_once(name, command, environment, header)
+            if result is None:
                 return 1
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-            for library, version in result.pop("versions").items():
-                known = header["versions"].setdefault(library, version)
-                if known != version and version not in known.split(" and "):
-                    header["versions"][library] = f"{known} and {version}"
             records.append({"round": number, "contestant": name, "num_envs": num_envs, **result})
             print(f"round {number}: {name}: {result['sps']:.0f} steps/s", flush=True)
         if options.name:

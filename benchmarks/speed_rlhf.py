@@ -12,9 +12,6 @@ results/speed/. Peak memory is that of the whole process, its libraries too.
 
 import argparse
 import json
-import os
-import platform
-import re
 import resource
 import statistics
 import subprocess
@@ -201,17 +198,10 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.iterations)))
         return 0
-    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [core])  # the measuring processes inherit it
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    header: dict = {"env": "rlhf", "steps": EPISODES * TOKENS * options.iterations, "cores": [core], "threads": 1}
-    header |= {"cpu": cpu.group(1) if cpu else platform.processor(), "load": round(os.getloadavg()[0], 2)}
-    header["versions"] = {"python": platform.python_version()}
+    header = speed.begin("rlhf", EPISODES * TOKENS * options.iterations, None, 1)
     records: list[dict] = []
     file = suites.ROOT / "benchmarks" / "results" / "speed" / f"{options.name}.jsonl"
-    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = os.environ | single | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = speed.limit_threads(1) | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         save_models(Path(folder))
         for number in range(1, options.rounds + 1):
@@ -221,15 +211,9 @@ def main() -> int:
                 for part in ("policy", "reward", "prompts.txt"):
                     (own / part).symlink_to(Path(folder) / part)
                 command += ["--iterations", str(options.iterations), "--folder", str(own)]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-                if done.returncode:
-                    print(
-                        f"speed_rlhf.py: {name} failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}",
-                        file=sys.stderr,
-                    )
+                result = speed.measure_once(name, command, environment, header)
+                if result is None:
                     return 1
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-                header["versions"] |= result.pop("versions")
                 records.append({"round": number, "contestant": name, "num_envs": EPISODES, **result})
                 print(f"round {number}: {name}: {result['episodes_per_second']:.1f} episodes/s", flush=True)
             if options.name:
