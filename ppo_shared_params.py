@@ -1475,22 +1475,29 @@ class Run:
             tensor.copy_(value)
         return saved["iteration"]
 
+    def refuse_foreign(self):
+        """UsageError where the directory holds another run, save one that was killed before its first checkpoint."""
+        own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
+        if not set(os.listdir(self.dir)) <= own:
+            resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
+            remedy = f"--resume {name} continues it, " if resumable else ""
+            raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
+
     def make_directory(self):
         """A new directory, or one in which a run was killed before its first checkpoint."""
-        own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
-        made = [path for path in (self.dir, *self.dir.parents) if not path.exists()]
+        made = [path for path in (self.dir, *self.dir.parents) if not os.path.exists(path)]
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock()
-            if not set(os.listdir(self.dir)) <= own:
-                resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
-                remedy = f"--resume {name} continues it, " if resumable else ""
-                raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
+            self.refuse_foreign()
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
                 shutil.copy(__file__, self.dir)
         except OSError as error:
-            for path in made:
-                shutil.rmtree(path, ignore_errors=True) if path == self.dir else path.rmdir()
+            if made:
+                shutil.rmtree(self.dir, ignore_errors=True)
+            for path in made[1:]:
+                with contextlib.suppress(OSError):  # it was not made, or another process writes there
+                    path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
     def open(self, state: dict):

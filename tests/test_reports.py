@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -235,6 +236,28 @@ def test_masks_that_change_their_size(cli):
     code, _, err = cli(*cli.flags(num_envs=2))
     assert code == (2 if cli.env.endswith("OddDiscrete-v0") else 0)
     assert ("masks of {2, 3} entries, but there are 2 choices" in err) == (code == 2)
+
+
+@pytest.mark.parametrize("run_dir", ["file/a/b", "x" * 300, f"new/{'x' * 300}/b"])
+def test_a_run_directory_that_cannot_be_made(cli, run_dir):
+    Path("file").write_text("")
+    code, _, err = cli(*cli.flags(run_dir))
+    assert code == 2
+    assert f"error: cannot write the run directory {run_dir}: " in err
+    assert os.listdir() == ["file"]
+
+
+def test_a_run_directory_that_cannot_be_written_leaves_no_parents(cli):
+    """The copy of the script is larger than a file may be."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        code, _, err = cli(*cli.flags("new/a/run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert "error: cannot write the run directory new/a/run: File too large" in err
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
