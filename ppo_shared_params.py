@@ -1208,38 +1208,6 @@ def read_obs(obs: Any, spaces: Spaces, args: Args) -> np.ndarray:
     return vectors[:, args.observe] if args.observe else vectors
 
 
-def action_components(space: Any, bins: int | None) -> tuple[list[int], np.ndarray]:
-    """Number of choices of each action component (C,), and what the space holds for each choice (C, K), K the most choices.
-
-    A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value.
-    """
-    spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is not None:
-        low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
-        if not np.isfinite(high - low).all():
-            raise UsageError(f"the action space {space} has no finite bounds to divide: leave out --discretize-actions")
-        return [bins] * low.size, np.linspace(low, high, bins, axis=1).astype(space.dtype)
-    if bins is not None:
-        raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
-    if isinstance(space, spaces.Discrete):
-        nvec, first = np.array([space.n]), np.array([space.start])
-    elif isinstance(space, spaces.MultiDiscrete):
-        nvec, first = space.nvec.flatten(), space.start.flatten()
-    elif isinstance(space, spaces.MultiBinary):
-        first = np.zeros(math.prod(space.shape), dtype=int)
-        nvec = first + 2
-    else:
-        first = space.low.flatten().astype(int)
-        nvec = space.high.flatten().astype(int) - first + 1
-        if not ((nvec > 0) & (nvec <= 1000)).all():
-            wrap = "make it a Box of floats with gymnasium.ActionWrapper"
-            raise UsageError(f"the action space {space} has components of more than 1000 values: {wrap}")
-    if len(nvec) * float(nvec.max()) > 1e6:
-        wrap = "make it smaller with gymnasium.ActionWrapper"
-        raise UsageError(f"the action space {space} has {len(nvec)} x {nvec.max()} choices, more than a million: {wrap}")
-    return nvec.tolist(), (first[:, None] + np.arange(nvec.max())).astype(space.dtype)
-
-
 class ActionMap(NamedTuple):
     """What an action of the policy, C choices or C numbers, is to the environment."""
 
@@ -1249,10 +1217,31 @@ class ActionMap(NamedTuple):
 
     @classmethod
     def of(cls, space: Any, bins: int | None) -> "ActionMap":
-        if isinstance(space, gymnasium.spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is None:
-            return cls(space, np.zeros((space.low.size, 0)), np.ones((space.low.size, 0), dtype=bool))
-        nvec, choices = action_components(space, bins)
-        return cls(space, choices, np.arange(max(nvec)) < np.array(nvec)[:, None])
+        """A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value."""
+        spaces = gymnasium.spaces
+        if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+            low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
+            if bins is not None and not np.isfinite(high - low).all():
+                raise UsageError(f"the action space {space} has no finite bounds to divide: leave out --discretize-actions")
+            choices = np.zeros((low.size, 0)) if bins is None else np.linspace(low, high, bins, axis=1).astype(space.dtype)
+            return cls(space, choices, np.ones(choices.shape, dtype=bool))
+        if bins is not None:
+            raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            first, nvec = np.ravel(space.start), np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        elif isinstance(space, spaces.MultiBinary):
+            first, nvec = np.zeros(math.prod(space.shape), dtype=int), np.full(math.prod(space.shape), 2)
+        else:
+            first = space.low.flatten().astype(int)
+            nvec = space.high.flatten().astype(int) - first + 1
+            if not ((nvec > 0) & (nvec <= 1000)).all():
+                wrap = "make it a Box of floats with gymnasium.ActionWrapper"
+                raise UsageError(f"the action space {space} has components of more than 1000 values: {wrap}")
+        if len(nvec) * float(nvec.max()) > 1e6:
+            wrap = "make it smaller with gymnasium.ActionWrapper"
+            raise UsageError(f"the action space {space} has {len(nvec)} x {nvec.max()} choices, more than a million: {wrap}")
+        k = np.arange(nvec.max())
+        return cls(space, (first[:, None] + k).astype(space.dtype), k < nvec[:, None])
 
     def to_env(self, action: np.ndarray, clip: bool) -> np.ndarray:
         """Actions (N, C) of the policy as the environments take them, (N, ...)."""
