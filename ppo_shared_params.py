@@ -710,8 +710,7 @@ class Runner:
         self.rewards = np.zeros((T, N))
         self.terminated, self.truncated = np.zeros((T, N), dtype=bool), np.zeros((T, N), dtype=bool)
         self.valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
-        # after the step that ends an episode comes the one that resets, and after that the first one of the next episode
-        self.resets, self.first = np.zeros((T + 1, N), dtype=bool), np.zeros((T + 1, N), dtype=bool)
+        self.first = np.zeros((T + 1, N), dtype=bool)  # the first observation of an episode
 
     def state_dict(self) -> dict:
         """What survives an iteration and a restart of the environments."""
@@ -735,8 +734,7 @@ class Runner:
         self.envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
         self.raw_obs[-1] = read_obs(first_obs, self.spaces, args)  # play begins with the last of before
         self.masks[-1] = read_masks(first_obs, info, self.action_map.real)
-        self.resets[-1], self.first[-1] = False, True
-        self.state: torch.Tensor | None = None  # of the LSTM; none: the agent's initial state
+        self.resetting, self.first[-1] = np.zeros(N, dtype=bool), True  # whether the next step only resets
         if args.norm_obs == "step":
             self.obs_rms.update(self.raw_obs[-1])
         self.obs[-1], self.valid[-1] = normalize_obs(self.raw_obs[-1], self.obs_rms, args), True
@@ -750,7 +748,7 @@ class Runner:
         args, T, N, action_map = self.args, self.args.num_steps, self.args.num_envs, self.action_map
         raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
         masks, first, what, where = self.masks, self.first, f"{args.env} returned", f"in iteration {iteration}"
-        for x in (raw_obs, obs, masks, first, self.resets, self.valid):
+        for x in (raw_obs, obs, masks, first, self.valid):
             x[0] = x[T]
         policy, step_envs = numpy_policy(agent), self.envs.step if self.has_masks else make_step(self.envs)
         state = agent.initial_state(N) if self.state is None else self.state
@@ -767,7 +765,7 @@ class Runner:
             if self.has_masks:
                 masks[t + 1] = read_masks(next_obs, info[0], action_map.real)
             raw_obs[t + 1] = read_obs(next_obs, self.spaces, args)
-            self.resets[t + 1], first[t + 1] = self.terminated[t] | self.truncated[t], self.resets[t]
+            first[t + 1], self.resetting = self.resetting, self.terminated[t] | self.truncated[t]
             if args.norm_obs == "step":
                 self.obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
@@ -1685,8 +1683,7 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     def policy(raw_obs: Any, info: dict | None = None, first: np.ndarray | None = None) -> np.ndarray:
         nonlocal memory
         obs = normalize_obs(read_obs(raw_obs, spaces, args), obs_rms, args)
-        if not np.isfinite(obs).all():
-            raise NonFiniteError(f"{args.env} returned a non-finite observation in the evaluation")
+        check_finite(f"{args.env} returned", "in the evaluation", observation=obs)
         memory = np.broadcast_to(memory, (len(obs), *memory.shape[1:]))
         if first is not None:
             memory = memory * ~first[:, None, None]
