@@ -216,8 +216,8 @@ def trace(monkeypatch):
                 {"outputs": [], "updates": [], "theta": nn.utils.parameters_to_vector(agent.parameters()).clone()}
             )
 
-            def spied(obs, memory):
-                outputs, memory = policy(obs, memory)
+            def spied(obs, first, memory):
+                outputs, memory = policy(obs, first, memory)
                 iterations[-1]["outputs"].append([x.copy() for x in outputs])
                 return outputs, memory
 
@@ -774,7 +774,7 @@ def test_numpy_policy_continues_its_state():
     policy, state = numpy_policy(agent), agent.initial_state(3)[:, 0].numpy()
     steps = []
     for x in obs:
-        (logits,), state = policy(x, state)
+        (logits,), state = policy(x, np.zeros(3, dtype=bool), state)
         steps.append(logits)
     with torch.no_grad():
         features = agent.features(torch.tensor(obs).flatten(0, 1), torch.zeros(15), agent.initial_state(3))
