@@ -390,7 +390,7 @@ class Agent(nn.Module):
             return layer_init(nn.Linear(LSTM_SIZE if lstm else 64, out_dim), gain, weight_init)
 
         components, choices = action_shape
-        self.obs_dim, self.action_shape, self.shared = obs_dim, action_shape, share_params  # [detail 13]
+        self.obs_dim, self.action_shape = obs_dim, action_shape
         self.log_std = None if choices else nn.Parameter(torch.zeros(components))  # [detail 24]
         self.value_trunk: nn.Sequential | None = None
         self.value_cell: nn.LSTMCell | None = None
@@ -398,13 +398,14 @@ class Agent(nn.Module):
             self.value_trunk, self.value_cell, self.critic = trunk(), cell(), head(1, 1.0)
             self.policy_trunk, self.policy_cell, self.actor = trunk(), cell(), head(components, 0.01)
             return
-        self.policy_trunk, self.value_trunk = trunk(), None if share_params else trunk()
+        self.policy_trunk, self.value_trunk = trunk(), None if share_params else trunk()  # [detail 13]
         self.policy_cell, self.value_cell = cell(), None if share_params else cell()
         self.critic, self.actor = head(1, 1.0), head(components * max(choices, 1), 0.01)
 
     def initial_state(self, n: int) -> torch.Tensor:
         """State of n environments: (n, trunks, 2, H), not read without an LSTM."""
-        return torch.zeros(n, 1 if self.shared else 2, 2, LSTM_SIZE, device=next(self.parameters()).device)  # [detail 33]
+        trunks = 1 if self.value_trunk is None else 2
+        return torch.zeros(n, trunks, 2, LSTM_SIZE, device=next(self.parameters()).device)  # [detail 33]
 
     def features(self, obs: torch.Tensor, first: torch.Tensor, state: torch.Tensor) -> Features:
         """obs (T * n, obs_dim), first (T * n,), state (n, trunks, 2, H) before the first step -> Features."""
@@ -449,7 +450,7 @@ class Agent(nn.Module):
 
 
 def numpy_policy(agent: Agent):
-    """Features and Agent.policy in numpy: obs (N, obs_dim), memory (N, 2, H) -> what Agent.policy returns, memory after.
+    """Features and Agent.policy in numpy: obs (N, obs_dim), first (N,), memory (N, 2, H) -> as Agent.policy, memory after.
 
     Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
     Agent.policy and Agent.forward each time, so that no edit lets another policy act than the one that learns.
@@ -474,10 +475,11 @@ def numpy_policy(agent: Agent):
         w_x, w_h, b = np.ascontiguousarray(w_x.T), np.ascontiguousarray(w_h.T), b_x + b_h
     std = None if agent.log_std is None else np.exp(agent.log_std.detach().cpu().numpy())
 
-    def policy(obs: np.ndarray, memory: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    def policy(obs: np.ndarray, first: np.ndarray, memory: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         for layer in layers:
             obs = obs @ layer[0] + layer[1] if type(layer) is tuple else layer(obs)
         if agent.policy_cell is not None:
+            memory = memory * ~first[:, None, None]  # [detail 34]
             gates = obs @ w_x + memory[:, 0] @ w_h + b
             i, f, _, o = np.split(0.5 + 0.5 * np.tanh(0.5 * gates), 4, axis=1)  # the sigmoid
             c = f * memory[:, 1] + i * np.tanh(gates[:, 2 * LSTM_SIZE : 3 * LSTM_SIZE])
@@ -486,17 +488,19 @@ def numpy_policy(agent: Agent):
         out = obs @ head[0] + head[1]
         return ((out.reshape(-1, *agent.action_shape),) if std is None else (out, std)), memory
 
-    memory = np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)  # of three probes
+    # of three probes, of which one begins an episode
+    start, memory = np.arange(3) == 1, np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)
 
     def acting(obs: np.ndarray):  # what the policy puts out, its memory, log-probability of the first choices or of the mean
-        outputs, after = policy(obs, memory)
+        outputs, after = policy(obs, start, memory)
         if std is not None:
             return *outputs, after, -np.log(np.broadcast_to(std, outputs[0].shape) * math.sqrt(2 * math.pi)).sum(1)
         logits = outputs[0] - outputs[0].max(axis=2, keepdims=True)
         return *outputs, after, (logits[:, :, 0] - np.log(np.exp(logits).sum(axis=2))).sum(1)
 
     def learning(obs: torch.Tensor):  # the same, as the update computes it
-        first, state = torch.zeros_like(obs[:, 0]), agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
+        first = torch.as_tensor(start, dtype=torch.float32, device=obs.device)
+        state = agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
         features = agent.features(obs, first, state)
         outputs = agent.policy(features)
         action = torch.zeros_like(outputs[0][:, :, 0], dtype=torch.int64) if std is None else outputs[0]
@@ -655,7 +659,6 @@ class Rollout(NamedTuple):
     actions: np.ndarray  # (T, N, C) the choice of each component, int64; of a Gaussian policy float32, as sampled
     masks: np.ndarray  # (T, N, C, K) bool: True where a choice is valid
     first: np.ndarray  # (T + 1, N) bool: the first observation of an episode
-    state: torch.Tensor  # (N, trunks, 2, H) of the LSTM before the first step
     rewards: np.ndarray  # (T, N) scaled and clipped
     terminated: np.ndarray  # (T, N) bool: the episode ended in a state without a future
     truncated: np.ndarray  # (T, N) bool: the episode ended at its time limit
@@ -689,8 +692,7 @@ class Runner:
     def __init__(self, args: Args):
         self.args, T, N = args, args.num_steps, args.num_envs
         check_memory(N, T)
-        seeds = make_seeds(args.seed, 0, N)
-        self.envs, first_obs, info = make_envs(args.env, seeds, args.num_threads, render=args.capture_video)
+        self.envs, obs, info = make_envs(args.env, make_seeds(args.seed, 0, N), args.num_threads, render=args.capture_video)
         if args.capture_video:
             draw(self.envs)  # fails now, not after the training
         self.spaces = Spaces.of(self.envs)
@@ -699,7 +701,7 @@ class Runner:
         self.action_map = ActionMap.of(self.spaces.action, args.discretize_actions)
         obs_dim, (C, K) = len(args.observe) or self.spaces.obs_dim, self.action_map.choices.shape
         check_memory(N, T, obs_dim, C * (1 + K))
-        self.has_masks = may_have_masks(self.envs, first_obs, info, self.action_map)
+        self.has_masks = may_have_masks(self.envs, obs, info, self.action_map)
         self.obs_rms = RunningMeanStd((obs_dim,))  # stays as it is with --norm-obs none
         self.return_rms = RunningMeanStd(())
         self.global_step, self.recent_returns = 0, deque[float](maxlen=100)
@@ -710,8 +712,7 @@ class Runner:
         self.rewards = np.zeros((T, N))
         self.terminated, self.truncated = np.zeros((T, N), dtype=bool), np.zeros((T, N), dtype=bool)
         self.valid = np.ones((T + 1, N), dtype=bool)  # False at steps that only reset
-        # after the step that ends an episode comes the one that resets, and after that the first one of the next episode
-        self.resets, self.first = np.zeros((T + 1, N), dtype=bool), np.zeros((T + 1, N), dtype=bool)
+        self.first = np.zeros((T + 1, N), dtype=bool)  # the first observation of an episode
 
     def state_dict(self) -> dict:
         """What survives an iteration and a restart of the environments."""
@@ -735,8 +736,7 @@ class Runner:
         self.envs, first_obs, info = make_envs(args.env, make_seeds(args.seed, iteration, N), args.num_threads)
         self.raw_obs[-1] = read_obs(first_obs, self.spaces, args)  # play begins with the last of before
         self.masks[-1] = read_masks(first_obs, info, self.action_map.real)
-        self.resets[-1], self.first[-1] = False, True
-        self.state: torch.Tensor | None = None  # of the LSTM; none: the agent's initial state
+        self.resetting, self.first[-1] = np.zeros(N, dtype=bool), True  # whether the next step only resets
         if args.norm_obs == "step":
             self.obs_rms.update(self.raw_obs[-1])
         self.obs[-1], self.valid[-1] = normalize_obs(self.raw_obs[-1], self.obs_rms, args), True
@@ -745,29 +745,26 @@ class Runner:
         self.discounted_return, self.episode_return = np.zeros(N), np.zeros(N)
         self.episode_length = np.zeros(N, dtype=int)
 
-    def play(self, agent: Agent, iteration: int) -> Rollout:
-        """T steps of each environment with the agent's policy."""
+    def play(self, agent: Agent, state: torch.Tensor, iteration: int) -> Rollout:
+        """T steps of each environment with the agent's policy; state (N, trunks, 2, H): of the LSTM before them."""
         args, T, N, action_map = self.args, self.args.num_steps, self.args.num_envs, self.action_map
         raw_obs, obs, actions, rewards = self.raw_obs, self.obs, self.actions, self.rewards
         masks, first, what, where = self.masks, self.first, f"{args.env} returned", f"in iteration {iteration}"
-        for x in (raw_obs, obs, masks, first, self.resets, self.valid):
+        for x in (raw_obs, obs, masks, first, self.valid):
             x[0] = x[T]
         policy, step_envs = numpy_policy(agent), self.envs.step if self.has_masks else make_step(self.envs)
-        state = agent.initial_state(N) if self.state is None else self.state
         memory = state[:, 0].cpu().numpy()
         noise, every_choice = draw_noise(T, N, agent.action_shape), not self.has_masks and action_map.real.all()
         for t in range(T):  # [detail 01]
             # only the action is needed now; log-probabilities, values and scaled rewards follow for the whole rollout
-            if args.lstm:
-                memory = memory * ~first[t, :, None, None]  # [detail 34]
-            outputs, memory = policy(obs[t], memory)
+            outputs, memory = policy(obs[t], first[t], memory)
             actions[t] = action = choose(outputs, None if every_choice else masks[t], noise[t])
             step = step_envs(action_map.to_env(action, args.clip_actions))
             next_obs, rewards[t], self.terminated[t], self.truncated[t], *info = step
             if self.has_masks:
                 masks[t + 1] = read_masks(next_obs, info[0], action_map.real)
             raw_obs[t + 1] = read_obs(next_obs, self.spaces, args)
-            self.resets[t + 1], first[t + 1] = self.terminated[t] | self.truncated[t], self.resets[t]
+            first[t + 1], self.resetting = self.resetting, self.terminated[t] | self.truncated[t]
             if args.norm_obs == "step":
                 self.obs_rms.update(raw_obs[t + 1])  # [detail 28] updated before use
             obs[t + 1] = normalize_obs(raw_obs[t + 1], self.obs_rms, args)
@@ -783,8 +780,7 @@ class Runner:
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
         check_finite(what, where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
-        ends = self.terminated, self.truncated, self.valid[:T]
-        return Rollout(obs, actions, masks[:T], first, state, scaled, *ends, episodes)
+        return Rollout(obs, actions, masks[:T], first, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
         """The rewards of this rollout as the learner gets them, (T, N)."""
@@ -814,15 +810,15 @@ class Runner:
 
 
 @torch.no_grad()
-def make_batch(agent: Agent, rollout: Rollout, args: Args) -> tuple[Batch, torch.Tensor]:
+def make_batch(agent: Agent, rollout: Rollout, state: torch.Tensor, args: Args) -> tuple[Batch, torch.Tensor]:
     """What the agent thinks of the rollout before it learns from it: log-probabilities, values, advantages.
 
-    Returns the state of the LSTM after the rollout, too.
+    state: of the LSTM before the rollout; that after it is returned, too.
     """
     T, N = rollout.rewards.shape
     played = (rollout.obs, rollout.actions, rollout.masks, rollout.first.astype(np.float32))
     obs, action, mask, first = (torch.as_tensor(x).flatten(0, 1).to(args.device) for x in played)
-    old = agent(obs[: T * N], action, mask, first[: T * N], rollout.state)
+    old = agent(obs[: T * N], action, mask, first[: T * N], state)
     last_value = agent.value(agent.features(obs[T * N :], first[T * N :], old.state))
     values = torch.cat([old.value, last_value]).view(T + 1, N)
     steps = (rollout.rewards, rollout.terminated, rollout.truncated, rollout.valid)
@@ -838,7 +834,7 @@ def make_batch(agent: Agent, rollout: Rollout, args: Args) -> tuple[Batch, torch
         advantage=advantages.flatten(),
         return_=(advantages + values[:-1]).flatten(),
         valid=valid.flatten(),
-        state=rollout.state,
+        state=state,
     )
     if args.norm_adv == "batch":
         batch = batch._replace(advantage=normalize_advantages(batch.advantage, batch.valid))
@@ -917,8 +913,9 @@ def train(args: Args) -> dict:
 
             if restart:  # [ours: checkpoint_every] after every checkpoint, so that a resumed run ends with the same bits
                 runner.restart(iteration)
-            rollout = runner.play(agent, iteration)
-            batch, runner.state = make_batch(agent, rollout, args)
+                state = agent.initial_state(args.num_envs)
+            rollout = runner.play(agent, state, iteration)
+            batch, state = make_batch(agent, rollout, state, args)
             losses, epochs = learn(update, theta, adam, batch, (learning_rate, clip_coef), args)
 
             charts = {"learning_rate": learning_rate, "clip_coef": clip_coef, "epochs": epochs}
@@ -1208,38 +1205,6 @@ def read_obs(obs: Any, spaces: Spaces, args: Args) -> np.ndarray:
     return vectors[:, args.observe] if args.observe else vectors
 
 
-def action_components(space: Any, bins: int | None) -> tuple[list[int], np.ndarray]:
-    """Number of choices of each action component (C,), and what the space holds for each choice (C, K), K the most choices.
-
-    A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value.
-    """
-    spaces = gymnasium.spaces
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is not None:
-        low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
-        if not np.isfinite(high - low).all():
-            raise UsageError(f"the action space {space} has no finite bounds to divide: leave out --discretize-actions")
-        return [bins] * low.size, np.linspace(low, high, bins, axis=1).astype(space.dtype)
-    if bins is not None:
-        raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
-    if isinstance(space, spaces.Discrete):
-        nvec, first = np.array([space.n]), np.array([space.start])
-    elif isinstance(space, spaces.MultiDiscrete):
-        nvec, first = space.nvec.flatten(), space.start.flatten()
-    elif isinstance(space, spaces.MultiBinary):
-        first = np.zeros(math.prod(space.shape), dtype=int)
-        nvec = first + 2
-    else:
-        first = space.low.flatten().astype(int)
-        nvec = space.high.flatten().astype(int) - first + 1
-        if not ((nvec > 0) & (nvec <= 1000)).all():
-            wrap = "make it a Box of floats with gymnasium.ActionWrapper"
-            raise UsageError(f"the action space {space} has components of more than 1000 values: {wrap}")
-    if len(nvec) * float(nvec.max()) > 1e6:
-        wrap = "make it smaller with gymnasium.ActionWrapper"
-        raise UsageError(f"the action space {space} has {len(nvec)} x {nvec.max()} choices, more than a million: {wrap}")
-    return nvec.tolist(), (first[:, None] + np.arange(nvec.max())).astype(space.dtype)
-
-
 class ActionMap(NamedTuple):
     """What an action of the policy, C choices or C numbers, is to the environment."""
 
@@ -1249,10 +1214,31 @@ class ActionMap(NamedTuple):
 
     @classmethod
     def of(cls, space: Any, bins: int | None) -> "ActionMap":
-        if isinstance(space, gymnasium.spaces.Box) and np.issubdtype(space.dtype, np.floating) and bins is None:
-            return cls(space, np.zeros((space.low.size, 0)), np.ones((space.low.size, 0), dtype=bool))
-        nvec, choices = action_components(space, bins)
-        return cls(space, choices, np.arange(max(nvec)) < np.array(nvec)[:, None])
+        """A Box of floats is divided into bins, from bound to bound; a Box of integers has one choice for each value."""
+        spaces = gymnasium.spaces
+        if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+            low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
+            if bins is not None and not np.isfinite(high - low).all():
+                raise UsageError(f"the action space {space} has no finite bounds to divide: leave out --discretize-actions")
+            choices = np.zeros((low.size, 0)) if bins is None else np.linspace(low, high, bins, axis=1).astype(space.dtype)
+            return cls(space, choices, np.ones(choices.shape, dtype=bool))
+        if bins is not None:
+            raise UsageError(f"the action space {space} is discrete already: leave out --discretize-actions")
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            first, nvec = np.ravel(space.start), np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        elif isinstance(space, spaces.MultiBinary):
+            first, nvec = np.zeros(math.prod(space.shape), dtype=int), np.full(math.prod(space.shape), 2)
+        else:
+            first = space.low.flatten().astype(int)
+            nvec = space.high.flatten().astype(int) - first + 1
+            if not ((nvec > 0) & (nvec <= 1000)).all():
+                wrap = "make it a Box of floats with gymnasium.ActionWrapper"
+                raise UsageError(f"the action space {space} has components of more than 1000 values: {wrap}")
+        if len(nvec) * float(nvec.max()) > 1e6:
+            wrap = "make it smaller with gymnasium.ActionWrapper"
+            raise UsageError(f"the action space {space} has {len(nvec)} x {nvec.max()} choices, more than a million: {wrap}")
+        k = np.arange(nvec.max())
+        return cls(space, (first[:, None] + k).astype(space.dtype), k < nvec[:, None])
 
     def to_env(self, action: np.ndarray, clip: bool) -> np.ndarray:
         """Actions (N, C) of the policy as the environments take them, (N, ...)."""
@@ -1696,12 +1682,9 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     def policy(raw_obs: Any, info: dict | None = None, first: np.ndarray | None = None) -> np.ndarray:
         nonlocal memory
         obs = normalize_obs(read_obs(raw_obs, spaces, args), obs_rms, args)
-        if not np.isfinite(obs).all():
-            raise NonFiniteError(f"{args.env} returned a non-finite observation in the evaluation")
+        check_finite(f"{args.env} returned", "in the evaluation", observation=obs)
         memory = np.broadcast_to(memory, (len(obs), *memory.shape[1:]))
-        if first is not None:
-            memory = memory * ~first[:, None, None]
-        outputs, memory = network(obs, memory)
+        outputs, memory = network(obs, np.zeros(len(obs), dtype=bool) if first is None else first, memory)
         noise: Any = 0
         if rng is not None and len(outputs) == 2:
             noise = rng.standard_normal(outputs[0].shape, dtype=np.float32)

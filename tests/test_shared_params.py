@@ -30,7 +30,6 @@ from ppo_shared_params import (
     NonFiniteError,
     Spaces,
     UsageError,
-    action_components,
     choose,
     draw_noise,
     evaluate,
@@ -217,8 +216,8 @@ def trace(monkeypatch):
                 {"outputs": [], "updates": [], "theta": nn.utils.parameters_to_vector(agent.parameters()).clone()}
             )
 
-            def spied(obs, memory):
-                outputs, memory = policy(obs, memory)
+            def spied(obs, first, memory):
+                outputs, memory = policy(obs, first, memory)
                 iterations[-1]["outputs"].append([x.copy() for x in outputs])
                 return outputs, memory
 
@@ -273,19 +272,27 @@ def test_detail_37_independent_components(nvec):
 
 
 def test_action_spaces():
-    nvec, choices = action_components(Box(np.array([-2, 0], np.float32), np.array([1, 10], np.float32)), 4)
+    def of(space, bins=None):
+        """Numbers of choices of the components, and what the space holds for each choice."""
+        action_map = ActionMap.of(space, bins)
+        assert (np.sort(action_map.real, axis=1)[:, ::-1] == action_map.real).all()  # the first ones are real
+        return action_map.real.sum(axis=1).tolist(), action_map.choices
+
+    nvec, choices = of(Box(np.array([-2, 0], np.float32), np.array([1, 10], np.float32)), 4)
     assert nvec == [4, 4]
     np.testing.assert_allclose(choices, [[-2.0, -1.0, 0.0, 1.0], [0.0, 10 / 3, 20 / 3, 10.0]], rtol=1e-6)
-    nvec, choices = action_components(Discrete(3, start=-1), None)
+    nvec, choices = of(Discrete(3, start=-1))
     assert (nvec, choices.tolist()) == ([3], [[-1, 0, 1]])
-    nvec, choices = action_components(MultiDiscrete([2, 4, 3], start=[0, 5, 0]), None)
+    nvec, choices = of(MultiDiscrete([2, 4, 3], start=[0, 5, 0]))
     assert (nvec, choices[[0, 1, 2], [1, 3, 2]].tolist()) == ([2, 4, 3], [1, 8, 2])
-    nvec, choices = action_components(Box(np.array([-1, 0]), np.array([1, 4]), dtype=np.int32), None)
+    nvec, choices = of(Box(np.array([-1, 0]), np.array([1, 4]), dtype=np.int32))
     assert (nvec, choices[[0, 1], [2, 3]].tolist(), choices.dtype) == ([3, 5], [1, 3], np.int32)
-    nvec, choices = action_components(Box(0, 1, (2,), dtype=np.bool_), None)
+    nvec, choices = of(Box(0, 1, (2,), dtype=np.bool_))
     assert (nvec, choices.tolist()) == ([2, 2], [[False, True]] * 2)
-    nvec, choices = action_components(MultiBinary((3, 2)), None)
+    nvec, choices = of(MultiBinary((3, 2)))
     assert (nvec, choices.tolist(), choices.dtype) == ([2] * 6, [[0, 1]] * 6, np.int8)
+    nvec, choices = of(Box(-1, 1, (2,)))  # a Gaussian policy has no choices
+    assert (nvec, choices.shape) == ([0, 0], (2, 0))
 
 
 def test_actions_as_the_environment_takes_them():
@@ -306,7 +313,7 @@ def test_actions_as_the_environment_takes_them():
 def test_bins_stay_within_the_bounds(low, high, dtype):
     for bins in range(2, 40):
         box = Box(low, high, (1,), dtype=dtype)
-        _, choices = action_components(box, bins)
+        choices = ActionMap.of(box, bins).choices
         assert all(box.contains(choice[None]) for choice in choices[0])
         assert (choices[0, 0], choices[0, -1]) == (box.low[0], box.high[0])
 
@@ -767,7 +774,7 @@ def test_numpy_policy_continues_its_state():
     policy, state = numpy_policy(agent), agent.initial_state(3)[:, 0].numpy()
     steps = []
     for x in obs:
-        (logits,), state = policy(x, state)
+        (logits,), state = policy(x, np.zeros(3, dtype=bool), state)
         steps.append(logits)
     with torch.no_grad():
         features = agent.features(torch.tensor(obs).flatten(0, 1), torch.zeros(15), agent.initial_state(3))
