@@ -618,8 +618,11 @@ class Runner:
 
     def state_dict(self) -> dict:
         """What survives an iteration and a restart of the environments."""
-        recent_returns = list(self.recent_returns)
-        return {"global_step": self.global_step, "recent_returns": recent_returns, "world_size": self.args.world_size}
+        return {
+            "global_step": self.global_step,
+            "recent_returns": list(self.recent_returns),
+            "world_size": self.args.world_size,
+        }
 
     def load_state_dict(self, state: dict):
         if state["world_size"] != self.args.world_size:
@@ -630,12 +633,12 @@ class Runner:
 
     def restart(self, iteration: int):
         """New environments, seeded by (seed, iteration) alone, so that a resumed run ends with the same bits."""
+        args, N = self.args, self.args.num_envs
         self.envs.close()
-        self.envs, first_obs = make_envs(self.args, self.make_seeds(iteration))
+        self.envs, first_obs = make_envs(args, self.make_seeds(iteration))
         self.show(first_obs)
-        self.valid[-1] = True
-        self.episode_return = np.zeros(self.args.num_envs)
-        self.episode_length = np.zeros(self.args.num_envs, dtype=int)
+        self.valid[-1], self.episode_return = True, np.zeros(N)
+        self.episode_length = np.zeros(N, dtype=int)
 
     def show(self, frames: np.ndarray):
         """Frames (N, stack_num, 84, 84) that the next policy step will see."""
@@ -695,8 +698,7 @@ def make_batch(rollout: Rollout, args: Args) -> Batch:
     values = rollout.values.cpu()  # waits for the device, once for all that is computed here
     steps = (rollout.rewards, rollout.terminated, rollout.truncated, rollout.valid)
     rewards, terminated, truncated, valid = (torch.as_tensor(x, dtype=torch.float32) for x in steps)
-    rules = (args.gamma, args.gae_lambda, args.bootstrap_truncated)
-    advantages = compute_gae(rewards, values, terminated, truncated, *rules)
+    advantages = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda, args.bootstrap_truncated)
     advantage, return_, valid = upload(torch.stack([advantages, advantages + values[:-1], valid]), args).flatten(1)
     batch = Batch(
         obs=rollout.obs[:-1].flatten(0, 1),
@@ -779,15 +781,15 @@ def train(args: Args) -> dict:
         runner.load_state_dict(run.checkpoint)
         updates = run.checkpoint["updates"]
     run.open(state_dict())
-    say(describe_device(args))
+    say(f"{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
     agent.load(theta)
     mark_static(args, theta, *adam, *runner.memory)
-    parts: Any = make_update(agent, args)
-    one_gpu = args.device != "cpu" and args.world_size == 1
-    if one_gpu:  # one graph for the whole update; on a CPU it has other bits, and ranks talk in between
-        parts = (join_update(parts[0], parts[1], args),)
-    act, *parts = compile_all([make_act(agent, args), *parts], args, cuda_graphs=args.device != "cpu")
-    update = parts[0] if one_gpu else join_update(parts[0], parts[1], args)
+    act, (compute_gradient, adam_step) = make_act(agent, args), make_update(agent, args)
+    if args.device != "cpu" and args.world_size == 1:  # one graph for the whole update
+        act, update = compile_all([act, join_update(compute_gradient, adam_step, args)], args, cuda_graphs=True)
+    else:  # on a CPU that has other bits, and ranks talk in between
+        act, compute_gradient, adam_step = compile_all([act, compute_gradient, adam_step], args, args.device != "cpu")
+        update = join_update(compute_gradient, adam_step, args)
     restart = True
     try:
         for iteration in range(first_iteration, args.num_iterations + 1):
@@ -861,11 +863,6 @@ def set_up_torch(args: Args):
         torch.cuda.set_device(args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision("high")
-
-
-def describe_device(args: Args) -> str:
-    """What can be expected of the device at hand, and the number of ranks."""
-    return f"{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}"
 
 
 def describe_cpu() -> str:
