@@ -43,6 +43,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -52,6 +53,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 import warnings
 import weakref
@@ -59,17 +61,19 @@ import zipfile
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
+
+SIGNALS = [-math.inf]  # times of those that were heeded
 
 
 def stop_at_signal(number, _):
-    """The first Ctrl-C or SIGTERM interrupts; a second one does not disturb what is said then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C or SIGTERM interrupts; others within ten seconds do not disturb what is said then."""
     if "main" not in globals():  # torch is still being imported
         os.write(2, f"{Path(__file__).name}: interrupted before it began\n".encode())
         os._exit(128 + number)
-    raise KeyboardInterrupt(number)
+    if time.monotonic() > SIGNALS[-1] + 10:
+        SIGNALS.append(time.monotonic())
+        raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
@@ -604,6 +608,8 @@ class Runner:
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
         check_finite(what, where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        squares = {"variance_of_observations": self.obs_rms.var, "variance_of_returns": np.array(self.return_rms.var)}
+        check_finite(what, where, **squares)  # 1e155 is finite, its square is not
         return Rollout(obs, actions, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
@@ -702,6 +708,7 @@ def train(args: Args) -> dict:
     run = Run(args)
     runner = Runner(args)
     agent = make_agent(args, runner.spaces)
+    check_parameters(agent)
     numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
     agent.to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
@@ -742,7 +749,6 @@ def train(args: Args) -> dict:
                 run.save(iteration, state_dict())
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
-    runner.envs.close()
     return run.finish(runner)
 
 
@@ -758,8 +764,11 @@ def say(text: str):
 def check_bounds(args: Any):
     """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, kind = getattr(args, name), getattr(hint, "__origin__", hint)
+        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
+        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
         fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not isinstance(value, int | float | str | tuple | None):
+            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
             raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
         for words, holds in getattr(hint, "__metadata__", ()):
@@ -767,12 +776,27 @@ def check_bounds(args: Any):
                 raise UsageError(f"{name} is {value}: it must {words}")
 
 
+def check_parameters(agent: nn.Module):
+    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
+    parameters = dict(agent.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if not parameters[name].requires_grad:
+            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
+    for name in agent.state_dict():
+        if name not in parameters:
+            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+
+
+def free_memory() -> float:
+    """Bytes of memory that no process uses."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
     """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
-    needed = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60)
-    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError):  # there is no such file outside Linux
-        free = float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
     if needed > free:
         raise UsageError(
             f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
@@ -983,6 +1007,8 @@ def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):  # one-hot; sizes (C,), values (N, C)
         sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
         values = np.reshape(obs, (len(obs), -1)) - np.ravel(space.start)
+        if not ((values >= 0) & (values < sizes)).all():
+            raise UsageError(f"the environment returned {obs.tolist()}, which is not in its observation space {space}")
         vectors = np.zeros((len(obs), sizes.sum()), dtype=np.float32)
         vectors[np.arange(len(obs))[:, None], values + sizes.cumsum() - sizes] = 1
         return vectors
@@ -1008,7 +1034,10 @@ class Spaces(NamedTuple):
             remedy = "use ppo_shared_params.py" if discrete else wrap
             raise UsageError(f"the action space is {action}; this script needs a Box of floats: {remedy}")
         example = gymnasium.vector.utils.create_empty_array(observation, 1, np.zeros)
-        return cls(observation, action, flatten_obs(example, observation).shape[1])
+        obs_dim = flatten_obs(example, observation).shape[1]
+        if not (obs_dim and math.prod(action.shape or ())):
+            raise UsageError(f"the spaces are {observation} and {action}: neither may be empty")
+        return cls(observation, action, obs_dim)
 
     def describe(self) -> dict[str, str]:
         return {"observation": str(self.observation), "action": str(self.action)}
@@ -1045,6 +1074,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
             if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
                 raise ValueError("compressed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint["args"], dict):
+            raise TypeError("args")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
@@ -1072,9 +1103,9 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
     else:
         fits = isinstance(saved, float | int if isinstance(expected, float) else type(expected))
-        if fits and isinstance(saved, list):
-            fits = all(isinstance(x, float | int) for x in saved)
-        if not fits:
+        numbers = saved if isinstance(saved, list) else [saved] if isinstance(saved, float | int) else []
+        fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
+        if not fits or (isinstance(expected, int) and saved < 0):  # such a number counts something
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
@@ -1153,6 +1184,12 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
+        kept = io.BytesIO()
+        torch.save({name: value for name, value in state.items() if name not in ("theta", "adam")}, kept)
+        try:
+            torch.load(io.BytesIO(kept.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(f"state_dict gives what no checkpoint holds, but tensors and plain values: {state}") from error
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
@@ -1319,6 +1356,7 @@ class Run:
             f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
+        runner.envs.close()  # before another is made: some simulators allow one instance
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
@@ -1339,7 +1377,11 @@ def load_wandb(args: Args) -> Any:
         except (wandb.errors.Error, ValueError) as error:
             reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
             raise UsageError(f"{name} is {given[name]}: {reason}") from error
-    if mode == "online" and not wandb.login(prompt=False):
+    try:
+        known = mode != "online" or wandb.login(prompt=False)
+    except wandb.errors.Error as error:  # a wrong key, or no network
+        raise UsageError(f"Weights & Biases refuses the login ({error}): set WANDB_MODE=offline to go without it") from error
+    if not known:
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
 
@@ -1392,13 +1434,15 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     return policy
 
 
-def load_policy(path: str | Path, rng: np.random.Generator | None = None):
+def load_policy(path: str | Path, rng: np.random.Generator | None = None, env: str | None = None):
     """The policy of a run directory or checkpoint: raw observations of N environments -> actions (N, ...).
 
-    The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
+    The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces; one
+    of a module has to be named as env, because it runs that module's code.
     """
     checkpoint, file = load_checkpoint(path)
     args = load_args(checkpoint, file, device="cpu")
+    check_trust(args.env, env)
     envs, *_ = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()
@@ -1408,11 +1452,8 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None):
 def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
-        frames = envs.render()
-        if frames is None or frames[0] is None:
-            raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
-        return Image.fromarray(frames[0]).quantize(64)
-    except (RuntimeError, OSError, TypeError, ValueError, AttributeError, gymnasium.error.Error) as error:
+        return Image.fromarray(envs.render()[0]).quantize(64)
+    except Exception as error:  # of an environment: any kind; it may also have drawn nothing
         raise UsageError(f"capture_video needs an environment that draws itself, in bytes ({error!r})") from error
 
 
@@ -1475,12 +1516,18 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
             raise
         told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
         problems.append(f"the evaluation stopped after {len(episodes)} of {len(seeds)} episodes: {told}")
-    if frames:
-        first, *others = frames
-        first.save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=others, duration=40, loop=0)
     result: dict[str, Any] = {"returns": [r for r, _ in episodes], "lengths": [length for _, length in episodes]}
     result |= {"deterministic": args.eval_deterministic, "problems": problems}
-    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result, allow_nan=False) + "\n")
+    files = {"evaluation.json": json.dumps(result, allow_nan=False).encode() + b"\n"}
+    if frames:
+        gif = io.BytesIO()
+        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
+        files["evaluation.gif"] = gif.getvalue()
+    for name, data in files.items():
+        try:
+            write_atomically(Path(args.run_dir, name), data)
+        except OSError as error:
+            problems.append(f"cannot write {Path(args.run_dir, name)}: {error.strerror}")
     return result
 
 
@@ -1509,8 +1556,8 @@ def translate(words: list[str]) -> list[str]:
     for word in [part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])]:
         before = translated[-1] if translated else ""
         name = word.replace("_", "-") if word.startswith("--") else ""
-        if word.lower() in ("true", "false") and before in switches:
-            translated[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        if word.lower() in ("true", "false", "1", "0") and before in switches:
+            translated[-1] = before if word.lower() in ("true", "1") else before.replace("--", "--no-", 1)
         elif word.lower() in ("true", "false") and before == "--norm-adv":
             translated.append("minibatch" if word.lower() == "true" else "none")
         else:
@@ -1519,6 +1566,12 @@ def translate(words: list[str]) -> list[str]:
     if refused:
         raise UsageError(f"there is no {refused[0]}: {FOREIGN_FLAGS[refused[0]]}")
     return [part for word in translated for part in FOREIGN_FLAGS.get(word, [word])]
+
+
+def check_trust(env: str, named: str | None):
+    """A checkpoint is data: it may be somebody else's, and so may the module that lies beside it."""
+    if ":" in env and named != env:
+        raise UsageError(f"this runs the code of {env}: if you trust it, add --env {shlex.quote(env)} (in Python env=...)")
 
 
 def load_args(checkpoint: dict, file: Path, **changes) -> Args:
@@ -1549,14 +1602,13 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     changes = {}
     if given.device:
         changes["device"] = given.device
-    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint.get("args", {}).get("device"))):
+    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint["args"].get("device"))):
         changes["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
-    if given.evaluate and not checkpoint.get("args", {}).get("eval_episodes"):
+    if given.evaluate and not checkpoint["args"].get("eval_episodes"):
         changes["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
     saved = load_args(checkpoint, file, **changes)
-    if given.evaluate and ":" in saved.env and given.env != saved.env:
-        # a checkpoint is data: it may be somebody else's, and so may the module that lies beside it
-        raise UsageError(f"evaluating runs the code of {saved.env}: if you trust it, add --env {shlex.quote(saved.env)}")
+    if given.evaluate:
+        check_trust(saved.env, given.env)
     args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_steps", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads", "checkpoint_minutes"}
@@ -1603,9 +1655,19 @@ def main():
         last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{name}: stopped: {error or 'out of memory'}{last}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        compiler: Any = sys.modules.get("torch._dynamo.exc")
+        if compiler and isinstance(error, compiler.TorchDynamoException):
+            reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
+        elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
+            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+        else:
+            raise
+        print(f"{name}: {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+        if args and not told and not args.evaluate and Path(args.run_dir, "checkpoint.pt").is_file():
             told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
         print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))

@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -49,6 +50,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import weakref
 import zipfile
@@ -56,17 +58,19 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
+
+SIGNALS = [-math.inf]  # times of those that were heeded
 
 
 def stop_at_signal(number, _):
-    """The first Ctrl-C or SIGTERM interrupts; a second one does not disturb what is said then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C or SIGTERM interrupts; others within ten seconds do not disturb what is said then."""
     if "main" not in globals():  # torch is still being imported
         os.write(2, f"{Path(__file__).name}: interrupted before it began\n".encode())
         os._exit(128 + number)
-    raise KeyboardInterrupt(number)
+    if time.monotonic() > SIGNALS[-1] + 10:
+        SIGNALS.append(time.monotonic())
+        raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
@@ -880,6 +884,7 @@ def train(args: Args) -> dict:
     """Trains as args say and returns the final figures: run_dir, global_step, episodic_return (last 100 scores), ..."""
     if args.device == "cuda":  # under torchrun each rank has a GPU of its own
         torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    check_memory(args)
     run = RunOfRanks(args) if args.world_size > 1 else Run(args)
     if not run.checkpoint and os.path.isdir(run.dir):
         run.refuse_foreign()  # before the stages, which take minutes
@@ -928,6 +933,8 @@ def train(args: Args) -> dict:
                 break
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
+    except UsageError as error:  # of the reward
+        raise UsageError(f"{error}; {run.how_to_go_on(runner.global_step)}") from error
     return run.finish(runner)
 
 
@@ -975,7 +982,7 @@ def progress(items, name: str) -> Iterator:
 @contextlib.contextmanager
 def open_cache(entry: str) -> Iterator[Path]:
     """The directory of what is fetched and trained once; one process at a time deals with an entry."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ppo_rlhf"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ppo_rlhf")
     cache.mkdir(parents=True, exist_ok=True)
     lock = os.open(cache / f"{entry}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -1045,7 +1052,10 @@ def load_sentences(args: Args) -> list[Sentence]:
         for line in read_lines(args.data, "data"):
             votes, tab, text = line.partition("\t")
             try:
-                sentences.append(Sentence(text, [float(vote) for vote in votes.split(",")]) if tab else Sentence(line, []))
+                sentence = Sentence(text, [float(vote) for vote in votes.split(",")]) if tab else Sentence(line, [])
+                if not np.isfinite(sentence.votes).all():
+                    raise ValueError
+                sentences.append(sentence)
             except ValueError as error:
                 raise UsageError(f"data {args.data}: before the tab there must be numbers, not {votes[:40]!r}") from error
         return sentences
@@ -1203,8 +1213,12 @@ def load_models(args: Args) -> Models:
     """What PPO begins with: from the run directory, or else from the cache, or else made now, stage by stage."""
     if args.model:
         return load_pretrained(args)
-    if (Path(args.run_dir) / "models.pt").is_file():
-        return unpack_models(args, read_tensors(Path(args.run_dir) / "models.pt"))
+    file = Path(args.run_dir, "models.pt")
+    if file.is_file():
+        try:
+            return unpack_models(args, read_tensors(file))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UsageError(f"{file} is damaged or of another run ({type(error).__name__})") from error
     if ":" in args.env:
         load_function(args.env)  # fails now, not after the stages
     sentences, written = load_sentences(args), read_lines(args.prompts, "prompts") if args.prompts else []
@@ -1433,14 +1447,16 @@ def call_score(name: str, score: Score, prompts: list[str], responses: list[str]
     except Exception as error:  # of the user's code: any kind
         raise UsageError(f"the reward {name} raised {error!r}") from error
     try:
+        if isinstance(scores, dict | str | bytes):  # their parts may look like numbers
+            raise TypeError
         numbers = [float(number) for number in scores]
     except (TypeError, ValueError) as error:
         raise UsageError(f"the reward {name} returned {scores!r:.80}: it must return a list of numbers") from error
     if len(numbers) != len(responses):
         raise UsageError(f"the reward {name} returned {len(numbers)} numbers for {len(responses)} responses")
     for number, response in zip(numbers, responses, strict=True):
-        if not math.isfinite(number):
-            raise NonFiniteError(f"the reward {name} returned {number} for the response {response[:80]!r}")
+        if not abs(number) < 1e30:  # the variance of such scores would overflow; NaN is not below
+            raise NonFiniteError(f"the reward {name} returned {number}, no usable number, for the response {response[:80]!r}")
     return numbers
 
 
@@ -1457,13 +1473,34 @@ def say(text: str):
 def check_bounds(args: Any):
     """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, kind = getattr(args, name), getattr(hint, "__origin__", hint)
+        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
+        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
         fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not isinstance(value, int | float | str | tuple | None):
+            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
             raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def free_memory() -> float:
+    """Bytes of memory that no process uses."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_memory(args: Args):
+    """Refuses sizes beyond the machine: the least that models, Adam's state and the log-probabilities of a rollout take."""
+    parameters = 0 if args.model else 12.0 * args.layers * args.width**2 + 259 * args.width
+    needed, free = 32 * parameters + args.num_envs * args.num_steps * 259 * 8.0, free_memory()
+    if needed > free:
+        raise UsageError(
+            f"width = {args.width}, layers = {args.layers}, num_envs = {args.num_envs} and num_steps = {args.num_steps} need "
+            f"at least {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free: lower one of them"
+        )
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
@@ -1476,6 +1513,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
             if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
                 raise ValueError("compressed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint["args"], dict):
+            raise TypeError("args")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
@@ -1503,9 +1542,9 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
     else:
         fits = isinstance(saved, float | int if isinstance(expected, float) else type(expected))
-        if fits and isinstance(saved, list):
-            fits = all(isinstance(x, float | int) for x in saved)
-        if not fits:
+        numbers = saved if isinstance(saved, list) else [saved] if isinstance(saved, float | int) else []
+        fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
+        if not fits or (isinstance(expected, int) and saved < 0):  # such a number counts something
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
@@ -1584,6 +1623,12 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
+        kept = io.BytesIO()
+        torch.save({name: value for name, value in state.items() if name not in ("theta", "adam")}, kept)
+        try:
+            torch.load(io.BytesIO(kept.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(f"state_dict gives what no checkpoint holds, but tensors and plain values: {state}") from error
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": dict.fromkeys(LOGS, 0)}, spaces)
@@ -1681,7 +1726,13 @@ class Run:
     def evaluate(self, iteration: int, runner: Runner, agent: Agent):
         """One record of evaluations.jsonl, and ten of samples.jsonl."""
         if self.args.eval_episodes:
-            measures, texts = runner.evaluate(agent)
+            try:
+                measures, texts = runner.evaluate(agent)
+            except (UsageError, NonFiniteError) as error:  # of the reward: the training goes on
+                if iteration == 0:
+                    raise
+                say(f"warning: no evaluation after iteration {iteration}: {error}")
+                return
             place = {"iteration": iteration, "global_step": runner.global_step}
             self.write("evaluations.jsonl", place | measures)
             for prompt, response, score in texts[:10]:
@@ -1835,7 +1886,11 @@ def load_wandb(args: Args) -> Any:
         except (wandb.errors.Error, ValueError) as error:
             reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
             raise UsageError(f"{name} is {given[name]}: {reason}") from error
-    if mode == "online" and not wandb.login(prompt=False):
+    try:
+        known = mode != "online" or wandb.login(prompt=False)
+    except wandb.errors.Error as error:  # a wrong key, or no network
+        raise UsageError(f"Weights & Biases refuses the login ({error}): set WANDB_MODE=offline to go without it") from error
+    if not known:
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
 
@@ -1891,7 +1946,11 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
             raise
         told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
         result["problems"].append(f"the evaluation failed: {told}")
-    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result, allow_nan=False) + "\n")
+    file = Path(args.run_dir, "evaluation.json")
+    try:
+        write_atomically(file, json.dumps(result, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        result["problems"].append(f"cannot write {file}: {error.strerror}")
     return result
 
 
@@ -1920,8 +1979,8 @@ def translate(words: list[str]) -> list[str]:
     for word in [part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])]:
         before = translated[-1] if translated else ""
         name = word.replace("_", "-") if word.startswith("--") else ""
-        if word.lower() in ("true", "false") and before in switches:
-            translated[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        if word.lower() in ("true", "false", "1", "0") and before in switches:
+            translated[-1] = before if word.lower() in ("true", "1") else before.replace("--", "--no-", 1)
         elif word.lower() in ("true", "false") and before == "--norm-adv":
             translated.append("minibatch" if word.lower() == "true" else "none")
         else:
@@ -1930,6 +1989,12 @@ def translate(words: list[str]) -> list[str]:
     if refused:
         raise UsageError(f"there is no {refused[0]}: {FOREIGN_FLAGS[refused[0]]}")
     return [part for word in translated for part in FOREIGN_FLAGS.get(word, [word])]
+
+
+def check_trust(env: str, named: str | None):
+    """A checkpoint is data: it may be somebody else's, and so may the module that lies beside it."""
+    if ":" in env and named != env:
+        raise UsageError(f"this runs the code of {env}: if you trust it, add --env {shlex.quote(env)} (in Python env=...)")
 
 
 def load_args(checkpoint: dict, file: Path, **changes) -> Args:
@@ -1960,14 +2025,13 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     changes = {}
     if given.device:
         changes["device"] = given.device
-    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint.get("args", {}).get("device"))):
+    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint["args"].get("device"))):
         changes["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
-    if given.evaluate and not checkpoint.get("args", {}).get("eval_episodes"):
+    if given.evaluate and not checkpoint["args"].get("eval_episodes"):
         changes["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
     saved = load_args(checkpoint, file, **changes)
-    if given.evaluate and ":" in saved.env and given.env != saved.env:
-        # a checkpoint is data: it may be somebody else's, and so may the module that lies beside it
-        raise UsageError(f"evaluating runs the code of {saved.env}: if you trust it, add --env {shlex.quote(saved.env)}")
+    if given.evaluate:
+        check_trust(saved.env, given.env)
     args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_temperature", "track", "wandb_project_name"}
     free |= {"wandb_entity", "device", "num_threads", "checkpoint_minutes"}
@@ -2015,9 +2079,19 @@ def main():
         last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{name}: stopped: {error or 'out of memory'}{last}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        compiler: Any = sys.modules.get("torch._dynamo.exc")
+        if compiler and isinstance(error, compiler.TorchDynamoException):
+            reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
+        elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
+            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+        else:
+            raise
+        print(f"{name}: {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+        if args and not told and not args.evaluate and Path(args.run_dir, "checkpoint.pt").is_file():
             told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
         print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))

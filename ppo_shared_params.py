@@ -44,6 +44,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -53,6 +54,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 import warnings
 import weakref
@@ -60,17 +62,19 @@ import zipfile
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
+
+SIGNALS = [-math.inf]  # times of those that were heeded
 
 
 def stop_at_signal(number, _):
-    """The first Ctrl-C or SIGTERM interrupts; a second one does not disturb what is said then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C or SIGTERM interrupts; others within ten seconds do not disturb what is said then."""
     if "main" not in globals():  # torch is still being imported
         os.write(2, f"{Path(__file__).name}: interrupted before it began\n".encode())
         os._exit(128 + number)
-    raise KeyboardInterrupt(number)
+    if time.monotonic() > SIGNALS[-1] + 10:
+        SIGNALS.append(time.monotonic())
+        raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
@@ -99,9 +103,9 @@ KIND = "ppo_shared_params"  # of checkpoints; stays when the file is renamed
 SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
 # of an observation or info that holds an action mask; the others say the opposite, and are refused
 MASK_KEYS: tuple[str, ...] = ("action_mask", "legal_action_mask", "action_masks", "legal_actions_mask", "valid_action_mask")
-MASK_KEYS += ("avail_actions", "available_actions", "legal_actions", "valid_actions")
+MASK_KEYS += ("avail_actions", "available_actions", "legal_actions", "valid_actions", "legal_moves", "valid_moves")
 INVERSE_KEYS = ("invalid_action_mask", "invalid_actions_mask", "invalid_actions", "illegal_actions", "illegal_action_mask")
-INFO_KEYS = MASK_KEYS + INVERSE_KEYS  # what it reads of the infos of an environment
+INFO_KEYS = (*MASK_KEYS, *INVERSE_KEYS, "mask")  # what it reads of the infos of an environment
 MASKED_LOGIT = -1e8  # finite, so that 0 * log(0) does not arise; its exponential is exactly 0
 LSTM_SIZE = 128
 
@@ -780,6 +784,8 @@ class Runner:
             obs[:] = normalize_obs(raw_obs, self.obs_rms, args)
         episodes, scaled = self.end_episodes(), self.scale_rewards()
         check_finite(what, where, observation=raw_obs, normalized_observation=obs, scaled_reward=scaled)
+        squares = {"variance_of_observations": self.obs_rms.var, "variance_of_returns": np.array(self.return_rms.var)}
+        check_finite(what, where, **squares)  # 1e155 is finite, its square is not
         return Rollout(obs, actions, masks[:T], first, scaled, self.terminated, self.truncated, self.valid[:T], episodes)
 
     def scale_rewards(self) -> np.ndarray:
@@ -888,6 +894,7 @@ def train(args: Args) -> dict:
     run = Run(args)
     runner = Runner(args)
     agent = make_agent(args, runner.spaces)
+    check_parameters(agent)
     numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
     agent.to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
@@ -925,7 +932,6 @@ def train(args: Args) -> dict:
                 run.save(iteration, state_dict())
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
-    runner.envs.close()
     return run.finish(runner)
 
 
@@ -941,8 +947,11 @@ def say(text: str):
 def check_bounds(args: Any):
     """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, kind = getattr(args, name), getattr(hint, "__origin__", hint)
+        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
+        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
         fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not isinstance(value, int | float | str | tuple | None):
+            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
             raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
         for words, holds in getattr(hint, "__metadata__", ()):
@@ -950,12 +959,27 @@ def check_bounds(args: Any):
                 raise UsageError(f"{name} is {value}: it must {words}")
 
 
+def check_parameters(agent: nn.Module):
+    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
+    parameters = dict(agent.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if not parameters[name].requires_grad:
+            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
+    for name in agent.state_dict():
+        if name not in parameters:
+            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+
+
+def free_memory() -> float:
+    """Bytes of memory that no process uses."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
     """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
-    needed = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60)
-    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError):  # there is no such file outside Linux
-        free = float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
     if needed > free:
         raise UsageError(
             f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
@@ -1166,6 +1190,8 @@ def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):  # one-hot; sizes (C,), values (N, C)
         sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
         values = np.reshape(obs, (len(obs), -1)) - np.ravel(space.start)
+        if not ((values >= 0) & (values < sizes)).all():
+            raise UsageError(f"the environment returned {obs.tolist()}, which is not in its observation space {space}")
         vectors = np.zeros((len(obs), sizes.sum()), dtype=np.float32)
         vectors[np.arange(len(obs))[:, None], values + sizes.cumsum() - sizes] = 1
         return vectors
@@ -1193,7 +1219,10 @@ class Spaces(NamedTuple):
             if not len(observation):
                 raise UsageError("there is nothing to observe but the action mask: add a Box to the observation")
         example = gymnasium.vector.utils.create_empty_array(observation, 1, np.zeros)
-        return cls(observation, action, flatten_obs(example, observation).shape[1])
+        obs_dim = flatten_obs(example, observation).shape[1]
+        if not (obs_dim and math.prod(action.shape or ())):
+            raise UsageError(f"the spaces are {observation} and {action}: neither may be empty")
+        return cls(observation, action, obs_dim)
 
     def describe(self) -> dict[str, str]:
         return {"observation": str(self.observation), "action": str(self.action)}
@@ -1261,7 +1290,9 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
     (C, K) is False where component c has no choice k. Where an environment allows nothing, as after the end of a game, all
     real choices count as valid, so that a distribution exists.
     """
-    places = [(key, place[key]) for place in (obs, info) if isinstance(place, dict) for key in INFO_KEYS if key in place]
+    seen = obs if isinstance(obs, dict) else {}
+    places = [(key, seen[key]) for key in MASK_KEYS + INVERSE_KEYS if key in seen]
+    places += [(key, info[key]) for key in INFO_KEYS if key in info]
     if not places:
         return real
     key, flat = places[0]
@@ -1272,14 +1303,22 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
     if isinstance(flat, tuple):  # of the components, in an observation
         flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in flat], axis=1)
     if flat.dtype == object:  # tuples, lists or arrays; 0 or None where an environment gave none
-        flat = [np.hstack(list(mask)) if isinstance(mask, tuple | list | np.ndarray) else np.zeros(real.sum()) for mask in flat]
+        flat = [np.zeros(real.sum()) if mask is None or type(mask) is int else join_mask(mask, key) for mask in flat]
     sizes = {np.size(mask) for mask in flat}
     if sizes != {real.sum()}:
-        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices to mask")
+        hint = "a mask has an entry for each choice, and is no list of those that are valid"
+        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices: {hint}")
     flat = np.reshape(flat, (len(flat), -1))
     masks = np.zeros((len(flat), *real.shape), dtype=bool)
     masks[:, real] = flat if flat.dtype == bool else as_bool(flat, key)
     return np.where(masks.any(axis=2, keepdims=True), masks, real)
+
+
+def join_mask(mask: Any, key: str) -> np.ndarray:
+    """The mask of one environment as a vector; it may be an array (also of torch), or a tuple or list of parts."""
+    if not (isinstance(mask, tuple | list) or hasattr(mask, "__array__")):
+        raise UsageError(f"{key} is {mask!r:.60}: give an array of all choices, or a tuple with one part for each component")
+    return np.hstack(list(mask)) if isinstance(mask, tuple | list) else np.ravel(np.asarray(mask))
 
 
 def as_bool(flat: np.ndarray, key: str) -> np.ndarray:
@@ -1338,6 +1377,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
             if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
                 raise ValueError("compressed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint["args"], dict):
+            raise TypeError("args")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
@@ -1365,9 +1406,9 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is not finite")
     else:
         fits = isinstance(saved, float | int if isinstance(expected, float) else type(expected))
-        if fits and isinstance(saved, list):
-            fits = all(isinstance(x, float | int) for x in saved)
-        if not fits:
+        numbers = saved if isinstance(saved, list) else [saved] if isinstance(saved, float | int) else []
+        fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
+        if not fits or (isinstance(expected, int) and saved < 0):  # such a number counts something
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
@@ -1446,6 +1487,12 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
+        kept = io.BytesIO()
+        torch.save({name: value for name, value in state.items() if name not in ("theta", "adam")}, kept)
+        try:
+            torch.load(io.BytesIO(kept.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(f"state_dict gives what no checkpoint holds, but tensors and plain values: {state}") from error
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
@@ -1612,6 +1659,7 @@ class Run:
             f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
+        runner.envs.close()  # before another is made: some simulators allow one instance
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
@@ -1632,7 +1680,11 @@ def load_wandb(args: Args) -> Any:
         except (wandb.errors.Error, ValueError) as error:
             reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic's are a page long
             raise UsageError(f"{name} is {given[name]}: {reason}") from error
-    if mode == "online" and not wandb.login(prompt=False):
+    try:
+        known = mode != "online" or wandb.login(prompt=False)
+    except wandb.errors.Error as error:  # a wrong key, or no network
+        raise UsageError(f"Weights & Biases refuses the login ({error}): set WANDB_MODE=offline to go without it") from error
+    if not known:
         raise UsageError("--track needs a login: run `wandb login`, or set WANDB_MODE=offline")
     return wandb
 
@@ -1695,13 +1747,15 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     return policy
 
 
-def load_policy(path: str | Path, rng: np.random.Generator | None = None):
+def load_policy(path: str | Path, rng: np.random.Generator | None = None, env: str | None = None):
     """The policy of a run directory or checkpoint: raw observations of N environments -> actions (N, ...).
 
-    The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces.
+    The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces; one
+    of a module has to be named as env, because it runs that module's code.
     """
     checkpoint, file = load_checkpoint(path)
     args = load_args(checkpoint, file, device="cpu")
+    check_trust(args.env, env)
     envs, *_ = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()
@@ -1711,11 +1765,8 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None):
 def draw(envs: Any) -> Image.Image:
     """Picture of the first of these environments, in 64 colours."""
     try:
-        frames = envs.render()
-        if frames is None or frames[0] is None:
-            raise UsageError("capture_video needs an environment that draws itself, with render_mode rgb_array")
-        return Image.fromarray(frames[0]).quantize(64)
-    except (RuntimeError, OSError, TypeError, ValueError, AttributeError, gymnasium.error.Error) as error:
+        return Image.fromarray(envs.render()[0]).quantize(64)
+    except Exception as error:  # of an environment: any kind; it may also have drawn nothing
         raise UsageError(f"capture_video needs an environment that draws itself, in bytes ({error!r})") from error
 
 
@@ -1778,12 +1829,18 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
             raise
         told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
         problems.append(f"the evaluation stopped after {len(episodes)} of {len(seeds)} episodes: {told}")
-    if frames:
-        first, *others = frames
-        first.save(Path(args.run_dir) / "evaluation.gif", save_all=True, append_images=others, duration=40, loop=0)
     result: dict[str, Any] = {"returns": [r for r, _ in episodes], "lengths": [length for _, length in episodes]}
     result |= {"deterministic": args.eval_deterministic, "problems": problems}
-    (Path(args.run_dir) / "evaluation.json").write_text(json.dumps(result, allow_nan=False) + "\n")
+    files = {"evaluation.json": json.dumps(result, allow_nan=False).encode() + b"\n"}
+    if frames:
+        gif = io.BytesIO()
+        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
+        files["evaluation.gif"] = gif.getvalue()
+    for name, data in files.items():
+        try:
+            write_atomically(Path(args.run_dir, name), data)
+        except OSError as error:
+            problems.append(f"cannot write {Path(args.run_dir, name)}: {error.strerror}")
     return result
 
 
@@ -1812,8 +1869,8 @@ def translate(words: list[str]) -> list[str]:
     for word in [part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])]:
         before = translated[-1] if translated else ""
         name = word.replace("_", "-") if word.startswith("--") else ""
-        if word.lower() in ("true", "false") and before in switches:
-            translated[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        if word.lower() in ("true", "false", "1", "0") and before in switches:
+            translated[-1] = before if word.lower() in ("true", "1") else before.replace("--", "--no-", 1)
         elif word.lower() in ("true", "false") and before == "--norm-adv":
             translated.append("minibatch" if word.lower() == "true" else "none")
         else:
@@ -1822,6 +1879,12 @@ def translate(words: list[str]) -> list[str]:
     if refused:
         raise UsageError(f"there is no {refused[0]}: {FOREIGN_FLAGS[refused[0]]}")
     return [part for word in translated for part in FOREIGN_FLAGS.get(word, [word])]
+
+
+def check_trust(env: str, named: str | None):
+    """A checkpoint is data: it may be somebody else's, and so may the module that lies beside it."""
+    if ":" in env and named != env:
+        raise UsageError(f"this runs the code of {env}: if you trust it, add --env {shlex.quote(env)} (in Python env=...)")
 
 
 def load_args(checkpoint: dict, file: Path, **changes) -> Args:
@@ -1852,14 +1915,13 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     changes = {}
     if given.device:
         changes["device"] = given.device
-    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint.get("args", {}).get("device"))):
+    elif given.evaluate and re.fullmatch(r"cuda(:\d+)?", str(checkpoint["args"].get("device"))):
         changes["device"] = "cpu"  # a run of a GPU is evaluated without one, but resumed with other bits only if asked for
-    if given.evaluate and not checkpoint.get("args", {}).get("eval_episodes"):
+    if given.evaluate and not checkpoint["args"].get("eval_episodes"):
         changes["eval_episodes"] = Args.eval_episodes  # the run was trained without an evaluation
     saved = load_args(checkpoint, file, **changes)
-    if given.evaluate and ":" in saved.env and given.env != saved.env:
-        # a checkpoint is data: it may be somebody else's, and so may the module that lies beside it
-        raise UsageError(f"evaluating runs the code of {saved.env}: if you trust it, add --env {shlex.quote(saved.env)}")
+    if given.evaluate:
+        check_trust(saved.env, given.env)
     args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_steps", "eval_deterministic", "capture_video"}
     free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads", "checkpoint_minutes"}
@@ -1906,9 +1968,19 @@ def main():
         last = f"; the last checkpoint is {file}" if file and file.is_file() else ""
         print(f"{name}: stopped: {error or 'out of memory'}{last}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        compiler: Any = sys.modules.get("torch._dynamo.exc")
+        if compiler and isinstance(error, compiler.TorchDynamoException):
+            reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
+        elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
+            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+        else:
+            raise
+        print(f"{name}: {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         told = [part for part in error.args if isinstance(part, str)]
-        if args and not told and Path(args.run_dir, "checkpoint.pt").is_file():
+        if args and not told and not args.evaluate and Path(args.run_dir, "checkpoint.pt").is_file():
             told = [f"interrupted; go on with: {shlex.join(['python', sys.argv[0], '--resume', args.run_dir])}"]
         print(f"{name}: {told[0] if told else 'interrupted'}", file=sys.stderr)
         sys.exit(128 + next((part for part in error.args if isinstance(part, int)), 2))

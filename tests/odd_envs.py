@@ -24,6 +24,9 @@ class Odd(gymnasium.Env):
     bad: ClassVar[Any] = None  # (step of the process, observation or reward there)
     steps: ClassVar[int] = 0
     pictures = 10**9  # that it draws before it fails
+    camera_error: ClassVar[Exception | None] = None  # how it fails; none: it returns None
+    closed: ClassVar[int] = 0
+    fail_at_close = 0  # the number of the close that fails; 0: none
     commands: ClassVar[list] = []
 
     def __init__(self, discrete: bool = False, render_mode: str | None = None):
@@ -52,10 +55,15 @@ class Odd(gymnasium.Env):
 
     def render(self):
         Odd.pictures -= 1
+        if Odd.pictures < 0 and Odd.camera_error:
+            raise Odd.camera_error
         return np.zeros((8, 8, 3), np.uint8) if Odd.pictures >= 0 else None
 
     def close(self):
         Odd.alive -= 1
+        Odd.closed += 1
+        if Odd.closed == Odd.fail_at_close:
+            raise RuntimeError("the simulator has gone")
 
 
 class Blind(Odd):

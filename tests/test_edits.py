@@ -23,10 +23,12 @@ from helpers import SCRIPT, TINY, read_checkpoint, read_jsonl, read_metrics, tin
 from ppo_continuous import Agent, UsageError, flatten_obs, make_envs, train
 
 # places of the script
+RUN_DIR = '    run_dir: str = ""'
 FIRST, SECOND, LAST = "nn.Linear(obs_dim, 64)", "nn.Linear(64, 64)", "nn.Linear(64, out_dim)"
 CRITIC = "        self.critic = mlp(1, 1.0)  # [detail 13] [detail 26] shares nothing with the policy\n"
 ACTOR = "        self.actor = mlp(action_dim if state_independent_std else 2 * action_dim, 0.01)\n"
 MEAN, VALUE, STD = "self.actor(obs), self.log_std", "self.critic(obs).squeeze(1)", "log_std.expand_as(mean).exp()"
+FREEZE = "        self.critic[0].weight.requires_grad_(False)\n"
 DENSITY = "Normal(*self.policy(obs), validate_args=False)"
 COPIED = "in agent.actor.modules():"
 
@@ -68,6 +70,14 @@ TRAINS: dict[str, list[tuple[str, str]]] = {
     ],
     "the smaller of two critics": [SECOND_CRITIC, (VALUE, "torch.minimum(self.critic(obs), self.critic2(obs)).squeeze(1)")],
     "objective": [("    squared_error = (new", OBJECTIVE)],
+    "a flag that may be None": [
+        ("from typing import Annotated", "from typing import Optional, Annotated"),
+        (RUN_DIR, "    scale: Optional[float] = None\n    other: Optional[float] = 2\n" + RUN_DIR),
+    ],
+    "a constant": [
+        (CRITIC, CRITIC + "        self.register_buffer('two', torch.tensor(2.0), persistent=False)\n"),
+        (VALUE, f"self.two * {VALUE}"),
+    ],
     "encoder": [*ENCODER, ENCODER_COPIED],
     "wide encoder": [*WIDE_ENCODER, ENCODER_COPIED],
 }
@@ -82,6 +92,12 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "encoder in forward alone": ([ENCODER[0], (DENSITY, DENSITY.replace("obs", "self.encoder(obs)"))], FOLLOW),
     "mean in forward alone": ([(DENSITY, "Normal(self.policy(obs)[0] + 0.1, self.policy(obs)[1])")], FOLLOW),
     "deviation in forward alone": ([(DENSITY, "Normal(self.policy(obs)[0], 2 * self.policy(obs)[1])")], FOLLOW),
+    "a frozen parameter": (
+        [(CRITIC, CRITIC + "        self.critic[0].weight.requires_grad_(False)\n")],
+        "critic.0.weight is frozen",
+    ),
+    "batch normalization": ([(FIRST, "nn.BatchNorm1d(obs_dim), " + FIRST)], "critic.0.running_mean is a buffer, which no"),
+    "a flag of another type": ([(RUN_DIR, "    data: Path = Path('x')\n" + RUN_DIR)], "data is PosixPath('x'): a setting is"),
     "numpy_policy alone": ([("np.exp(agent.log_std", "0.5 * np.exp(agent.log_std")], FOLLOW),
     "deviation where it is not 1": ([("np.exp(agent.log_std", "np.exp(0.5 * agent.log_std")], FOLLOW),
 }

@@ -3,22 +3,26 @@
 Most tests run the command line of each script that takes the environment, in this process.
 """
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import MultiDiscrete
 
 import ppo_continuous
-from helpers import read_checkpoint, read_jsonl, tiny_flags
+from helpers import read_checkpoint, read_jsonl, run_script, tiny_flags
 from odd_envs import Odd
 
 ENVS = {"ppo_continuous": "Odd-v0", "ppo_kl_penalty": "Odd-v0", "ppo_shared_params": "OddDiscrete-v0"}
@@ -27,7 +31,9 @@ ENVS = {"ppo_continuous": "Odd-v0", "ppo_kl_penalty": "Odd-v0", "ppo_shared_para
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every test starts with the environment as it is written."""
-    for name in ("obs_dim", "action_dim", "limit", "single", "info", "bad", "steps", "pictures", "alive", "most_alive"):
+    for name in [
+        name for name, value in vars(Odd).items() if name.islower() and not name.startswith("_") and not callable(value)
+    ]:
         monkeypatch.setattr(Odd, name, getattr(Odd, name))
 
 
@@ -92,13 +98,22 @@ def change(checkpoint, what):
         checkpoint["args"]["gamma"] = "high"
     elif what == "no args":
         del checkpoint["args"]
+    elif what == "args are a list":
+        checkpoint["args"] = [*checkpoint["args"]]
+    elif what == "NaN for a count":
+        checkpoint["obs_rms"]["count"] = math.nan
+    elif what == "negative size":
+        checkpoint["log_sizes"]["metrics.jsonl"] = -1
     return checkpoint
 
 
 DAMAGES = ["no return_rms", "no mean", "short theta", "one moment", "text for a number", "NaN", "device", "no args"]
 
 
-@pytest.mark.parametrize("what", [*DAMAGES, "type of a setting"])
+DAMAGES += ["type of a setting", "args are a list", "NaN for a count", "negative size"]
+
+
+@pytest.mark.parametrize("what", DAMAGES)
 def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(cli, what):
     cli(*cli.flags())
     torch.save(change(read_checkpoint("run"), what), "run/checkpoint.pt")
@@ -143,9 +158,11 @@ def test_a_simulator_of_one_instance_is_evaluated(cli, monkeypatch):
     assert Odd.alive == 0
 
 
-@pytest.mark.parametrize("pictures", [0, 3])
-def test_a_video_that_fails_half_way_keeps_the_returns(cli, monkeypatch, pictures):
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("camera")])
+@pytest.mark.parametrize("pictures", [0, 7])
+def test_a_video_that_fails_half_way_keeps_the_returns(cli, monkeypatch, pictures, error):
     cli(*cli.flags())
+    monkeypatch.setattr(Odd, "camera_error", error)
     monkeypatch.setattr(Odd, "pictures", pictures)
     code, out, err = cli(*cli.flags("other", eval_episodes=2, capture_video=True))
     if pictures == 0:  # noticed before the training
@@ -178,6 +195,26 @@ def test_a_number_that_is_not_finite_stops_the_evaluation_alone(cli, monkeypatch
     assert read_checkpoint("run")["iteration"] == 4
 
 
+def test_an_environment_that_cannot_be_closed_hides_no_result(cli, capsys, monkeypatch):
+    cli(*cli.flags("count"))
+    closed = Odd.closed
+    monkeypatch.setattr(Odd, "closed", 0)
+    monkeypatch.setattr(Odd, "fail_at_close", closed)  # the last one
+    with pytest.raises(RuntimeError, match="the simulator has gone"):
+        cli(*cli.flags(eval_episodes=1))
+    assert "steps/s with start-up" in capsys.readouterr().out
+    assert read_checkpoint("run")["iteration"] == 4
+
+
+def test_an_evaluation_that_cannot_be_written_is_told(cli):
+    cli(*cli.flags())
+    os.mkdir("run/evaluation.json")
+    code, out, err = cli.evaluate("--eval-episodes", 2)
+    assert code == 1
+    assert "return 10.0 +- 0.0, length 10 over 2 episodes" in out
+    assert "cannot write run/evaluation.json: Is a directory" in err
+
+
 # C: infos
 
 
@@ -207,6 +244,16 @@ def test_it_is_noticed_before_it_reaches_environment_or_parameters(cli, monkeypa
     assert "NaN" not in Path("run/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("where", ["observation", "reward"])
+def test_a_number_whose_square_is_not_finite_stops_the_run(cli, monkeypatch, where):
+    """It would divide all that follows by infinity, so that nothing is learned, without a word."""
+    monkeypatch.setattr(Odd, "bad", (100, where, 1e155))
+    code, _, err = cli(*cli.flags(checkpoint_every=1, norm_obs="step", norm_reward=True, clip_obs=10.0))
+    assert code == 1
+    assert f"a non-finite variance of {'observations' if where == 'observation' else 'returns'} in iteration 2" in err
+    assert read_checkpoint("run")["iteration"] == 1
+
+
 # E: settings that learn nothing, or start what was not meant
 
 
@@ -230,12 +277,31 @@ def test_an_empty_dict_is_refused(cli):
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize("what", ["obs_dim", "action_dim"])
+def test_an_empty_space_is_refused(cli, monkeypatch, what):
+    if what == "action_dim" and cli.env.endswith("OddDiscrete-v0"):
+        pytest.skip("Gymnasium allows no Discrete of nothing")
+    monkeypatch.setattr(Odd, what, 0)
+    code, _, err = cli(*cli.flags())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "neither may be empty" in err
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("outside", [-1, 3])
+def test_a_choice_outside_of_the_space_is_not_taken_for_another(cli, monkeypatch, outside):
+    space = MultiDiscrete([3, 3])
+    assert cli.script.flatten_obs(np.array([[0, 2]]), space).tolist() == [[1, 0, 0, 0, 0, 1]]
+    with pytest.raises(cli.script.UsageError, match=r"which is not in its observation space MultiDiscrete\(\[3 3\]\)"):
+        cli.script.flatten_obs(np.array([[0, 1], [outside, 2]]), space)
+
+
 def test_masks_that_change_their_size(cli):
     """Of one environment alone; scripts without masks do not read them."""
     Odd.info = lambda time: {"action_mask": np.ones(2 + Odd.steps % 2, dtype=bool)}
     code, _, err = cli(*cli.flags(num_envs=2))
     assert code == (2 if cli.env.endswith("OddDiscrete-v0") else 0)
-    assert ("masks of {2, 3} entries, but there are 2 choices" in err) == (code == 2)
+    assert ("masks of {2, 3} entries, but there are 2 choices: a mask has" in err) == (code == 2)
 
 
 @pytest.mark.parametrize("run_dir", ["file/a/b", "x" * 300, f"new/{'x' * 300}/b"])
@@ -338,6 +404,23 @@ def test_a_checkpoint_is_never_written_through_a_link():
     assert not Path("a.tmp").exists()
 
 
+def test_a_compiler_that_fails_is_named_with_the_way_round_it(tmp_path):
+    run = run_script(*tiny_flags(compile=True), CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("ppo_continuous.py: torch.compile refuses the update (")
+    assert run.stderr.endswith("; --no-compile runs without it\n")
+
+
+def test_a_signal_is_ignored_after_another_but_not_for_ever(cli, monkeypatch):
+    """An environment may swallow the first: then the next one has to work."""
+    for past, heeded in ((math.inf, True), (11, True), (9, False)):
+        monkeypatch.setattr(cli.script, "SIGNALS", [time.monotonic() - past])
+        with pytest.raises(KeyboardInterrupt) if heeded else contextlib.nullcontext():
+            cli.script.stop_at_signal(signal.SIGINT, None)
+        cli.script.stop_at_signal(signal.SIGTERM, None)
+
+
 def test_closed_streams():
     words = " ".join(tiny_flags(eval_episodes=1))
     done = subprocess.run(f"{sys.executable} {ppo_continuous.__file__} {words} >&- 2>&-", shell=True, check=False)
@@ -385,6 +468,8 @@ def test_evaluating_a_checkpoint_imports_no_module_that_only_it_names(cli):
     code, _, err = cli("--evaluate", "run")
     assert code == 2
     assert "add --env evil:Env-v0" in err
+    with pytest.raises(cli.script.UsageError, match="add --env evil:Env-v0"):
+        cli.script.load_policy("run")
     assert not Path("pwned").exists()
 
 

@@ -500,7 +500,7 @@ def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
     assert read_masks(obs, {"action_mask": given}, real).tolist() == expected
     given[1] = [False, True]
     for wrong in (given, np.ones((4, 6))):
-        with pytest.raises(UsageError, match="there are 5 choices to mask"):
+        with pytest.raises(UsageError, match="there are 5 choices: a mask has"):
             read_masks(obs, {"action_mask": wrong}, real)
 
 
