@@ -249,7 +249,7 @@ def test_rlhf_05_scores_are_normalized_on_the_reference():
     runner.measure_scores()
     rng = np.random.default_rng([args.seed, 2**31])
     rows = [runner.prompts[i] for i in rng.integers(len(runner.prompts), size=256)]
-    scores = [score for _, _, score in runner.respond(agent, rows, rng).texts]
+    scores = [score for _, _, score in runner.respond(agent, rows, rng).samples]
     assert np.mean(scores) == pytest.approx(0, abs=1e-6)
     assert np.std(scores) == pytest.approx(1, abs=1e-6)
     off = start(norm_score=False)[2]
@@ -362,7 +362,7 @@ def test_rlhf_15_what_fills_the_padding_is_never_read():
 def test_rlhf_17_rlhf_32_score_without_an_end_and_limits():
     _, _, runner, agent = start(score_clip=0.5, norm_score=False, env="words:score", num_steps=4)
     rollout = runner.play(agent, 1)
-    counts = torch.tensor([float(response.count("o")) for _, response, _ in rollout.texts])
+    counts = torch.tensor([float(response.count("o")) for _, response, _ in rollout.samples])
     assert not rollout.ended.all()
     assert rollout.scores.tolist() == torch.where(rollout.ended, counts.clamp(-0.5, 0.5), -1.0).tolist()
     _, _, own, same = start(no_eos_score=None, norm_score=False, env="words:score", num_steps=4)
