@@ -1369,6 +1369,11 @@ def load_pretrained(args: Args) -> Models:
     lm, own = from_pretrained("AutoModelForCausalLM", args.model)
     if own.eos_token_id is None:
         raise UsageError(f"the tokenizer of {args.model} has no end token, so no response would end")
+    if own.pad_token_id == own.eos_token_id:  # [rlhf 15] trained here all the same: only a mask says what is padding
+        say(
+            f"warning: the tokenizer of {args.model} pads with its end token: if whoever tuned the model left out padding, "
+            "it never learned to end a response; watch charts/ended"
+        )
     model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
     model.check(args.model)
     prompts = [tokenizer.encode(line) for line in lines]

@@ -643,8 +643,8 @@ def test_prompts_without_a_token_are_refused(monkeypatch):
         start(model="lm", prompts="prompts.txt", env="words:score", data="")
 
 
-def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
-    """The end token of a response is a token like any other: it ends the response and it is learned."""
+def test_rlhf_15_a_tokenizer_whose_padding_is_its_end(capsys):
+    """The end token of a response is a token like any other: it ends the response and it is learned. One line warns."""
     save_pretrained("lm", "gpt2")
     Path("prompts.txt").write_text("the film is\nthe\n")
     _, models, runner, agent = start(
@@ -652,6 +652,7 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
     )
     own = models.tokenizer.tokenizer
     assert own.pad_token_id == own.eos_token_id == agent.lm.eos
+    assert capsys.readouterr().err.count("warning: the tokenizer of lm pads with its end token") == 1
     rollout = runner.play(agent, 1)
     tokens, valid = rollout.responses.tokens[:, -rollout.responses.valid.shape[1] :], rollout.responses.valid
     ended = [row[row_valid][-1].item() == agent.lm.eos for row, row_valid in zip(tokens, valid, strict=True)]
@@ -659,6 +660,10 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
     batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
     at_end = (tokens == agent.lm.eos) & valid
     assert (batch.mask[:, -valid.shape[1] :][at_end]).all() and (batch.advantage[at_end] != 0).all()
+    own.pad_token = "<unk>"
+    own.save_pretrained("lm")
+    start(model="lm", prompts="prompts.txt", env="words:score", data="")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_reward_model_without_a_head_is_refused():
