@@ -1351,6 +1351,7 @@ def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise UsageError("--model and --reward-model need transformers: pip install transformers") from error
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # of missing weights it prints a table; here one sentence says it
     try:
         model, told = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)

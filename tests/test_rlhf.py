@@ -666,11 +666,13 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end(capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_reward_model_without_a_head_is_refused():
-    """transformers gives a language model a random head and only warns."""
+def test_reward_model_without_a_head_is_refused(capfd):
+    """transformers gives a language model a random head and only warns, in a table; here there is one sentence."""
     save_pretrained("lm", "gpt2")
+    capfd.readouterr()
     with pytest.raises(UsageError, match=r"the model lm has no weights for score\.weight: it was saved as another kind"):
         ppo_rlhf.load_classifier("lm", "cpu")
+    assert capfd.readouterr().err == ""
 
 
 def test_pretrained_reward_model():
