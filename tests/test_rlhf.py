@@ -249,7 +249,7 @@ def test_rlhf_05_scores_are_normalized_on_the_reference():
     runner.measure_scores()
     rng = np.random.default_rng([args.seed, 2**31])
     rows = [runner.prompts[i] for i in rng.integers(len(runner.prompts), size=256)]
-    scores = [score for _, _, score in runner.respond(agent, rows, rng).texts]
+    scores = [score for _, _, score in runner.respond(agent, rows, rng).samples]
     assert np.mean(scores) == pytest.approx(0, abs=1e-6)
     assert np.std(scores) == pytest.approx(1, abs=1e-6)
     off = start(norm_score=False)[2]
@@ -362,7 +362,7 @@ def test_rlhf_15_what_fills_the_padding_is_never_read():
 def test_rlhf_17_rlhf_32_score_without_an_end_and_limits():
     _, _, runner, agent = start(score_clip=0.5, norm_score=False, env="words:score", num_steps=4)
     rollout = runner.play(agent, 1)
-    counts = torch.tensor([float(response.count("o")) for _, response, _ in rollout.texts])
+    counts = torch.tensor([float(response.count("o")) for _, response, _ in rollout.samples])
     assert not rollout.ended.all()
     assert rollout.scores.tolist() == torch.where(rollout.ended, counts.clamp(-0.5, 0.5), -1.0).tolist()
     _, _, own, same = start(no_eos_score=None, norm_score=False, env="words:score", num_steps=4)
@@ -643,8 +643,8 @@ def test_prompts_without_a_token_are_refused(monkeypatch):
         start(model="lm", prompts="prompts.txt", env="words:score", data="")
 
 
-def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
-    """The end token of a response is a token like any other: it ends the response and it is learned."""
+def test_rlhf_15_a_tokenizer_whose_padding_is_its_end(capsys):
+    """The end token of a response is a token like any other: it ends the response and it is learned. One line warns."""
     save_pretrained("lm", "gpt2")
     Path("prompts.txt").write_text("the film is\nthe\n")
     _, models, runner, agent = start(
@@ -652,6 +652,7 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
     )
     own = models.tokenizer.tokenizer
     assert own.pad_token_id == own.eos_token_id == agent.lm.eos
+    assert capsys.readouterr().err.count("warning: the tokenizer of lm pads with its end token") == 1
     rollout = runner.play(agent, 1)
     tokens, valid = rollout.responses.tokens[:, -rollout.responses.valid.shape[1] :], rollout.responses.valid
     ended = [row[row_valid][-1].item() == agent.lm.eos for row, row_valid in zip(tokens, valid, strict=True)]
@@ -659,13 +660,19 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end():
     batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
     at_end = (tokens == agent.lm.eos) & valid
     assert (batch.mask[:, -valid.shape[1] :][at_end]).all() and (batch.advantage[at_end] != 0).all()
+    own.pad_token = "<unk>"
+    own.save_pretrained("lm")
+    start(model="lm", prompts="prompts.txt", env="words:score", data="")
+    assert "warning" not in capsys.readouterr().err
 
 
-def test_reward_model_without_a_head_is_refused():
-    """transformers gives a language model a random head and only warns."""
+def test_reward_model_without_a_head_is_refused(capfd):
+    """transformers gives a language model a random head and only warns, in a table; here there is one sentence."""
     save_pretrained("lm", "gpt2")
+    capfd.readouterr()
     with pytest.raises(UsageError, match=r"the model lm has no weights for score\.weight: it was saved as another kind"):
         ppo_rlhf.load_classifier("lm", "cpu")
+    assert capfd.readouterr().err == ""
 
 
 def test_pretrained_reward_model():
