@@ -208,6 +208,24 @@ class RefusingServer(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
+def test_wandb_login_that_the_server_refuses():
+    class Stranger(RefusingServer):
+        def do_POST(self):
+            self.send_response(401)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        online = {"WANDB_MODE": "online", "WANDB_API_KEY": 40 * "a", "WANDB_SILENT": "true"}
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = run_script(*tiny_flags("run", track=True), WANDB_BASE_URL=url, **online)
+        server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "set WANDB_MODE=offline" in done.stderr
+    assert not Path("run").exists()
+
+
 def test_wandb_entity_that_the_server_refuses():
     with ThreadingHTTPServer(("127.0.0.1", 0), RefusingServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

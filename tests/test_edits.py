@@ -169,7 +169,7 @@ def test_an_edit_that_trains(name):
     assert len(result["evaluation"]["returns"]) == 1
     train(tiny_args("base", **ONE_UPDATE))
     base, ours = (read_checkpoint(run_dir)["theta"] for run_dir in ("base", "run"))
-    assert base.shape != ours.shape or (base - ours).norm() > 1e-3 or name == "objective"
+    assert base.shape != ours.shape or (base - ours).norm() > 1e-3 or name in ("objective", "a flag that may be None")
 
 
 def test_another_objective_learns_something_else():

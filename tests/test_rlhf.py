@@ -714,6 +714,40 @@ def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
         ppo_rlhf.train(Args(**(two["args"] | {"resume": "two"})))
 
 
+def test_a_reward_that_fails_in_an_evaluation_does_not_end_the_training(capsys):
+    """It fails at its fourth call, which is the evaluation after the second and last iteration."""
+    write_function("score.calls += 1\n    return fail() if score.calls == CALL else [1.0] * len(responses)")
+    text = Path("own.py").read_text() + "\nscore.calls = 0\n\ndef fail():\n    raise OSError('quota')\n"
+    for call, fails in ((4, "evaluation"), (3, "training")):
+        Path("own.py").write_text(text.replace("CALL", str(call)))
+        sys.modules.pop("own", None)
+        args = tiny(fails, env="own:score", norm_score=False, eval_every=100, total_timesteps=2 * 64, checkpoint_every=1)
+        if fails == "evaluation":
+            ppo_rlhf.train(args)
+            assert "warning: no evaluation after iteration 2: the reward own:score raised OSError" in capsys.readouterr().err
+            assert read_checkpoint(fails)["iteration"] == 2
+        else:
+            with pytest.raises(UsageError, match=r"go on from step 64 with: python .* --resume training"):
+                ppo_rlhf.train(args)
+
+
+@pytest.mark.parametrize("what", ["prompts", "lm"])
+def test_models_of_another_run_are_refused(what):
+    ppo_rlhf.train(tiny())
+    state = torch.load("run/models.pt", weights_only=True)
+    state.pop(what) if what == "prompts" else state["lm"].popitem()
+    torch.save(state, "run/models.pt")
+    with pytest.raises(UsageError, match=r"run/models.pt is damaged or of another run"):
+        ppo_rlhf.train(Args(**(read_checkpoint("run")["args"] | {"resume": "run", "total_timesteps": 6 * 64})))
+
+
+def test_models_beyond_the_memory_are_refused_before_they_are_made():
+    for changes in ({"width": 3_200_000}, {"layers": 10**7}, {"num_envs": 10**9}):
+        with pytest.raises(UsageError, match=r"need at least .* GB of memory, and .* GB are free"):
+            ppo_rlhf.train(tiny(**changes, total_timesteps=10**12))
+    assert not Path("run").exists()
+
+
 # bad input
 
 

@@ -504,6 +504,21 @@ def test_aux_action_masks_of_gymnasium_are_tuples_or_lists():
             read_masks(obs, {"action_mask": wrong}, real)
 
 
+@pytest.mark.parametrize("wrong", [{1, 3}, "01001", b"01001", {"move": 1}])
+def test_aux_action_masks_of_another_kind_are_refused(wrong):
+    given = np.empty(2, dtype=object)
+    given[:] = [None, wrong]
+    with pytest.raises(UsageError, match="give an array of all choices, or a tuple with one part for each component"):
+        read_masks(np.zeros((2, 1)), {"legal_moves": given}, np.ones((1, 5), dtype=bool))
+
+
+def test_aux_action_masks_of_torch_count_and_mask_is_a_name_in_an_info_alone():
+    given = np.empty(1, dtype=object)
+    given[0], real = torch.tensor([0, 1, 1]), np.ones((1, 3), dtype=bool)
+    assert read_masks(np.zeros((1, 1)), {"mask": given}, real).tolist() == [[[False, True, True]]]
+    assert read_masks({"mask": np.array([[0, 1, 1]])}, {}, real) is real  # it may be anything that is seen
+
+
 @pytest.mark.parametrize("key", MASK_KEYS)
 def test_aux_action_masks_under_every_usual_name(key, trace):
     for record in trace(tiny(env=f"Masked_{key}-v0", total_timesteps=2 * 64)):
