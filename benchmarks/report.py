@@ -474,12 +474,13 @@ def table_speed(r: Results) -> str:
         rows = [
             [c, with_extremes(rates[c], 0), with_extremes(rates[first] / rates[c], 2), str(rates[c].count())] for c in rates
         ]
+        kind = f" ({header['cpu_kind']})" if "cpu_kind" in header else ""
         head = [header["env"], "steps/s, median [min, max]", f"{first} / this", "alternations"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
         texts.append(
             f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n{markdown(head, rows)}\n"
-            f"{header['cpu']}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the machine "
-            f"before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and compilation "
+            f"{header['cpu']}{kind}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the "
+            f"machine before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and compilation "
             f"left out.\n"
         )
     return "\n".join(texts) or "Nothing was measured yet.\n"

@@ -280,11 +280,13 @@ def begin(env: str, steps: int, cores: list[int] | None, threads: int) -> dict:
     cores = cores or (sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu, family, model = (re.search(rf"^{name}\s*: (.*)", info, re.M) for name in ("model name", "cpu family", "model"))
     return {
         "env": env,
         "steps": steps,
         "cpu": cpu.group(1) if cpu else platform.processor(),
+        "cpu_kind": f"family {family.group(1)}, model {model.group(1)}" if family and model else platform.machine(),
         "cores": cores,
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
