@@ -480,8 +480,8 @@ def table_speed(r: Results) -> str:
         texts.append(
             f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n{markdown(head, rows)}\n"
             f"{header['cpu']}{kind}, pinned to {len(header['cores'])} core(s), {header['threads']} thread(s), load of the "
-            f"machine before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and compilation "
-            f"left out.\n"
+            f"machine before the start {header['load']}; {versions}; {header['steps']:,} steps a measurement, start-up and "
+            f"compilation left out.\n"
         )
     return "\n".join(texts) or "Nothing was measured yet.\n"
 
