@@ -1464,8 +1464,8 @@ def call_score(name: str, score: Score, prompts: list[str], responses: list[str]
     if len(numbers) != len(responses):
         raise UsageError(f"the reward {name} returned {len(numbers)} numbers for {len(responses)} responses")
     for number, response in zip(numbers, responses, strict=True):
-        if not abs(number) < 1e30:  # the variance of such scores would overflow; NaN is not below
-            raise NonFiniteError(f"the reward {name} returned {number}, no usable number, for the response {response[:80]!r}")
+        if not abs(number) < 1e30:  # beyond that the variance of scores would overflow; NaN is not below it
+            raise NonFiniteError(f"the reward {name} returned {number} for the response {response[:80]!r}")
     return numbers
 
 

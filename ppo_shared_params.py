@@ -1195,9 +1195,19 @@ def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
         vectors = np.zeros((len(obs), sizes.sum()), dtype=np.float32)
         vectors[np.arange(len(obs))[:, None], values + sizes.cumsum() - sizes] = 1
         return vectors
+    parts: Any = space.items() if isinstance(space, spaces.Dict) else enumerate(space)  # or a Tuple
+    return np.concatenate([flatten_obs(obs[key], part) for key, part in parts], axis=1)
+
+
+def count_entries(space: gymnasium.Space) -> int:
+    """Size of a flattened observation; UsageError where it has none."""
+    spaces = gymnasium.spaces
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return math.prod(space.shape)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return int(space.n if isinstance(space, spaces.Discrete) else space.nvec.sum())
     if isinstance(space, spaces.Dict | spaces.Tuple) and len(space):
-        parts: Any = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        return np.concatenate([flatten_obs(obs[key], part) for key, part in parts], axis=1)
+        return sum(map(count_entries, space.values() if isinstance(space, spaces.Dict) else space))
     raise UsageError(f"observations of {space} have no fixed size: make them a Box with gymnasium.ObservationWrapper")
 
 
@@ -1218,8 +1228,7 @@ class Spaces(NamedTuple):
             observation = spaces.Dict([(key, part) for key, part in observation.items() if key not in MASK_KEYS])
             if not len(observation):
                 raise UsageError("there is nothing to observe but the action mask: add a Box to the observation")
-        example = gymnasium.vector.utils.create_empty_array(observation, 1, np.zeros)
-        obs_dim = flatten_obs(example, observation).shape[1]
+        obs_dim = count_entries(observation)
         if not (obs_dim and math.prod(action.shape or ())):
             raise UsageError(f"the spaces are {observation} and {action}: neither may be empty")
         return cls(observation, action, obs_dim)

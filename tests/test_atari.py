@@ -809,7 +809,8 @@ def test_names_of_games():
     assert {find_game(name) for name in ("Breakout", "Breakout-v5", "BreakoutNoFrameskip-v4")} == {"Breakout-v5"}
     with pytest.raises(UsageError, match="unknown game Breakot; nearest names: Breakout"):
         find_game("Breakot")
-    for name in ("HalfCheetah", "ALE/Breakout-v5", "Breakout-v4"):
+    assert find_game("ALE/Breakout-v5") == "Breakout-v5"
+    for name in ("HalfCheetah", "ALE/HalfCheetah-v5", "Breakout-v4"):
         with pytest.raises(UsageError, match="unknown game"):
             find_game(name)
 

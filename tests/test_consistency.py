@@ -47,6 +47,7 @@ MAY_DIFFER = {
 RLHF = "ppo_rlhf.py"
 MAY_DIFFER_IN_RLHF = {
     "describe_run": "the versions of no environments",
+    "check_memory": "the sizes of models",
     "Run": "two more logs, and evaluations in the course of training",
     "RunOfRanks": "evaluations in the course of training",
     "evaluate": "answers prompts",
