@@ -1195,7 +1195,8 @@ def flatten_obs(obs: Any, space: gymnasium.Space) -> np.ndarray:
         vectors = np.zeros((len(obs), sizes.sum()), dtype=np.float32)
         vectors[np.arange(len(obs))[:, None], values + sizes.cumsum() - sizes] = 1
         return vectors
-    parts: Any = space.items() if isinstance(space, spaces.Dict) else enumerate(space)  # or a Tuple
+    both: Any = space  # a Dict or a Tuple
+    parts = both.items() if isinstance(space, spaces.Dict) else enumerate(both)
     return np.concatenate([flatten_obs(obs[key], part) for key, part in parts], axis=1)
 
 
