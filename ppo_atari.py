@@ -1034,11 +1034,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
             if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
                 raise ValueError("compressed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint["args"], dict):
-            raise TypeError("args")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UsageError(f"{file} is not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND or not isinstance(checkpoint.get("args"), dict):
         raise UsageError(f"{file} is not a checkpoint of {KIND}")
     return checkpoint, file
 
@@ -1144,12 +1142,13 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
-        kept = io.BytesIO()
-        torch.save({name: value for name, value in state.items() if name not in ("theta", "adam")}, kept)
+        rest, kept = {name: value for name, value in state.items() if name not in ("theta", "adam")}, io.BytesIO()
+        torch.save(rest, kept)
+        kept.seek(0)
         try:
-            torch.load(io.BytesIO(kept.getvalue()), weights_only=True)
+            torch.load(kept, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise UsageError(f"state_dict gives what no checkpoint holds, but tensors and plain values: {state}") from error
+            raise UsageError(f"a checkpoint holds tensors and plain values alone: one of {', '.join(rest)} is none") from error
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
@@ -1585,7 +1584,7 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
         say(f"warning: {file} is of another version of this script")
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
         raise UsageError(f"{file} was written by a version of this script with other flags: {error}") from error
 
 

@@ -23,13 +23,13 @@ from helpers import SCRIPT, TINY, read_checkpoint, read_jsonl, read_metrics, tin
 from ppo_continuous import Agent, UsageError, flatten_obs, make_envs, train
 
 # places of the script
+STATE = '            "global_step": self.global_step,\n'
 RUN_DIR = '    run_dir: str = ""'
 FIRST, SECOND, LAST = "nn.Linear(obs_dim, 64)", "nn.Linear(64, 64)", "nn.Linear(64, out_dim)"
 CRITIC = "        self.critic = mlp(1, 1.0)  # [detail 13] [detail 26] shares nothing with the policy\n"
 ACTOR = "        self.actor = mlp(action_dim if state_independent_std else 2 * action_dim, 0.01)\n"
 MEAN, VALUE, STD = "self.actor(obs), self.log_std", "self.critic(obs).squeeze(1)", "log_std.expand_as(mean).exp()"
 BATCH_NORM = "nn.Sequential(nn.BatchNorm1d(obs_dim), mlp(1, 1.0))"
-FREEZE = "        self.critic[0].weight.requires_grad_(False)\n"
 DENSITY = "Normal(*self.policy(obs), validate_args=False)"
 COPIED = "in agent.actor.modules():"
 
@@ -98,6 +98,7 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
         "critic.0.weight is frozen",
     ),
     "batch normalization": ([("mlp(1, 1.0)", BATCH_NORM)], "critic.0.running_mean is a buffer, which no"),
+    "state that no checkpoint holds": ([(STATE, STATE + '            "best": np.float64(3),\n')], "a checkpoint holds tensors"),
     "a flag of another type": ([(RUN_DIR, "    data: Path = Path('x')\n" + RUN_DIR)], "data is PosixPath('x'): a setting is"),
     "numpy_policy alone": ([("np.exp(agent.log_std", "0.5 * np.exp(agent.log_std")], FOLLOW),
     "deviation where it is not 1": ([("np.exp(agent.log_std", "np.exp(0.5 * agent.log_std")], FOLLOW),

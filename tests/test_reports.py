@@ -31,10 +31,9 @@ ENVS = {"ppo_continuous": "Odd-v0", "ppo_kl_penalty": "Odd-v0", "ppo_shared_para
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every test starts with the environment as it is written."""
-    for name in [
-        name for name, value in vars(Odd).items() if name.islower() and not name.startswith("_") and not callable(value)
-    ]:
-        monkeypatch.setattr(Odd, name, getattr(Odd, name))
+    for name, value in list(vars(Odd).items()):
+        if not name.startswith("_") and not callable(value):
+            monkeypatch.setattr(Odd, name, value)
 
 
 @pytest.fixture(params=ENVS)
