@@ -702,7 +702,8 @@ class Runner:
                 f"{models.lm.context}: shorten one of them"
             )
         self.score, self.vader = make_score(args, models), None if args.data or args.model else make_vader()
-        self.reference = make_agent(args, models).eval().requires_grad_(False)
+        # nobody asks for its values, so it needs no second network for them
+        self.reference = make_agent(dataclasses.replace(args, value="head"), models).eval().requires_grad_(False)
         self.global_step, self.kl_coef = 0, args.kl_coef
         self.score_mean, self.score_std = 0.0, 1.0
         self.recent_returns = deque[float](maxlen=100)
