@@ -408,33 +408,91 @@ def table_rlhf_exact(r: Results) -> str:
     return markdown(head, rows) + r.footer("rlhf-exact")
 
 
+def table_rlhf_stages(r: Results) -> str:
+    """What PPO began with: the reward models, each trained once per seed and shared by the runs of that seed."""
+    found: dict[tuple[str, int], dict[int, dict]] = {}
+    for run in r.runs.itertuples():
+        stages = run.curve.get("stages") or {}
+        if "reward_model_accuracy" in stages and (run.args["head_init"], run.args["reward_pool"]) == ("original", "last"):
+            found.setdefault((run.args["env"], run.args["num_comparisons"]), {})[run.seed] = stages
+    rows = []
+    for (env, count), by_seed in sorted(found.items(), reverse=True):
+        seeds, who = sorted(by_seed), {"human": "people's ratings", "labels": "VADER"}[env]
+        columns = [np.array([[by_seed[s][x]] for s in seeds]) for x in ("supervised_nats", "reward_model_accuracy")]
+        agreement = with_interval(columns[1], form="{:.3f}".format)
+        rows.append([f"{count:,} comparisons by {who}", with_interval(columns[0]), agreement, seeds_text(seeds)])
+    return markdown(["reward model", "supervised model, nats a token", "agrees with people on pairs", "seeds"], rows)
+
+
 def table_rlhf(r: Results) -> str:
     rows, footers = [], ""
-    measures = ("score", "vader", "kl", "reference_nll", "ended", "length", "distinct_2")
+    measures = ("score", "vader", "kl", "ended", "length", "distinct_2")
     for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
         for setting, (_, env, _) in suites.RLHF[suite].items():
-            seeds = r.seeds(suite, setting, env)
-            means = [np.mean(measured(r, suite, setting, env, x), axis=0) for x in measures] if seeds else []
-            cells = [f"{before:.2f} -> {after:.2f}" for before, after in means] or [""] * len(measures)
+            seeds, cells = r.seeds(suite, setting, env), [""] * len(measures)
+            if seeds:
+                ends = [np.array(measured(r, suite, setting, env, x)) for x in measures]
+                cells = [f"{x[:, 0].mean():.2f} -> {with_interval(x[:, 1:], form='{:.2f}'.format)}" for x in ends]
             rows.append([f"{suite}, {setting}", *cells, seeds_text(seeds)])
         footers += r.footer(suite) if len(r.of(suite)) else ""
-    head = ["suite, setting", "score", "VADER", "KL", "reference nats", "ended", "length", "distinct pairs", "seeds"]
+    head = ["suite, setting", "score", "VADER", "KL", "ended", "length", "distinct pairs", "seeds"]
     return markdown(head, rows) + footers
+
+
+def table_rlhf_overopt(r: Results) -> str:
+    """Where VADER was highest in the course of training, and where it and the score ended."""
+    rows: list[list[str]] = []
+    falls: dict[str, list[list[float]]] = {}
+    courses: dict[tuple[str, int], list[dict]] = {}
+    for setting, (_, env, _) in suites.RLHF["rlhf-overopt"].items():
+        group = r.groups.get(("rlhf-overopt", setting, env), r.runs[:0])
+        for seed, curve in zip(group["seed"], group["curve"], strict=True):
+            best, last = max(curve["evaluations"], key=lambda e: e["vader"]), curve["evaluations"][-1]
+            courses[setting, seed] = curve["evaluations"]
+            falls.setdefault(setting, []).append([best["vader"] - last["vader"]])
+            cells = [f"{e[x]:.2f}" for e in (best, last) for x in ("vader", "score", "kl")]
+            rows.append([setting, str(seed), *cells, f"{best['vader'] - last['vader']:.2f}"])
+    head = ["setting", "seed", "highest VADER", "its score", "its KL", "last VADER", "its score", "its KL", "fall of VADER"]
+    free, bound = suites.RLHF["rlhf-overopt"]
+    gaps = []  # VADER with the penalty minus VADER without it at the same KL, read from the line between two evaluations
+    for _, seed in (key for key in courses if key[0] == bound and (free, key[1]) in courses):
+        kl, vader = np.array([[e["kl"], e["vader"]] for e in courses[free, seed]]).T
+        last, order = courses[bound, seed][-1], np.argsort(kl)
+        gaps.append([last["vader"] - np.interp(last["kl"], kl[order], vader[order])])
+    text = ""
+    if len(falls) == 2:
+        means = {setting: with_interval(np.array(x), form="{:.2f}".format) for setting, x in falls.items()}
+        text = "\nMean fall of VADER: " + ", ".join(f"{mean} with {setting}" for setting, mean in means.items())
+        text += f"; difference {difference(np.array(falls[free]), np.array(falls[bound]), '{:.2f}'.format)}.\n"
+    if gaps:
+        text += f"\nVADER at the end with {bound}, minus that with {free} at the same KL: "
+        text += f"{with_interval(np.array(gaps), form='{:+.2f}'.format)}, n {len(gaps)}.\n"
+    return markdown(head, rows) + text
 
 
 def table_rlhf_details(r: Results) -> str:
     """Each detail off beside all on, after the training."""
-    on = ("rlhf-human", "beta 0.05", "human")
-    rows, measures = [], ("score", "vader", "kl", "ended", "length", "distinct_2")
-    for name, key in {"all on": on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
-        if seeds := r.seeds(*key):
-            ends = [[after for _, after in measured(r, *key, x)] for x in measures]
-            cells = [with_extremes(pd.Series(x), 2) if len(seeds) > 1 else f"{x[0]:.2f}" for x in ends]
-            rows.append([name, *cells, seeds_text(seeds)])
-    head = ["off", "score", "VADER", "KL", "ended", "length", "distinct pairs", "seeds"]
-    return markdown(head, rows) + (
-        r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
-    )
+    all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
+    rows: list[list[str]] = []
+    baseline = [np.array(measured(r, *all_on, x))[:, 1:] for x in measures] if r.seeds(*all_on) else []
+    for name, key in {"all on": all_on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
+        if baseline and (seeds := r.seeds(*key)):
+            ends = [np.array(measured(r, *key, x))[:, 1:] for x in measures]
+            effects = [
+                difference(x, on, "{:+.2f}".format) if key != all_on else "" for x, on in zip(ends, baseline, strict=True)
+            ]
+            means = [f"{stats.mean(x):.2f}" for x in ends]
+            pairs = [cell for both in zip(means[:3], effects[:3], strict=True) for cell in both]
+            rows.append([name, *pairs, *means[3:], seeds_text(seeds)])
+    head = [
+        "off",
+        *(text for x in ("score", "KL", "ended") for text in (x, "minus all on")),
+        "VADER",
+        "distinct pairs",
+        "seeds",
+    ]
+    footer = r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
+    return markdown(head, rows) + footer
 
 
 def table_random(r: Results) -> str:

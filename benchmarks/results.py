@@ -65,7 +65,7 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
         raise RunnerError(f"{run_dir} is not finished: {last_step:,} of {args['total_timesteps']:,} steps")
     # the clock of a run starts at 0 again where it was resumed
     total_seconds = sum(a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a)
-    curve: dict[str, list] = {"global_step": [], "return": []}
+    curve: dict[str, Any] = {"global_step": [], "return": []}
     ended = 0
     penalized = bool(iterations) and "losses/kl" in iterations[0]  # ppo_kl_penalty.py: the exact KL of each update
     if penalized:
@@ -83,6 +83,8 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     measured = run_dir / "evaluations.jsonl"  # of ppo_rlhf.py: KL, an independent measure, ... in the course of training
     if measured.is_file():
         curve["evaluations"] = read_jsonl(measured)
+        last = json.loads((run_dir / "evaluation.json").read_text()) if (run_dir / "evaluation.json").is_file() else {}
+        curve["stages"] = {k: last[k] for k in ("supervised_nats", "reward_model_accuracy") if k in last}
     return [
         {
             "suite": suite,

@@ -17,10 +17,10 @@ from results import RunnerError, differing, read_result
 REFERENCE = Path(__file__).resolve().parent / "reference"
 
 
-def with_interval(scores: np.ndarray, aggregate=stats.mean) -> str:
+def with_interval(scores: np.ndarray, aggregate=stats.mean, form: Callable[[float], str] = number) -> str:
     """aggregate(scores) and its interval, for scores (runs, tasks)."""
-    text = number(float(aggregate(scores)))
-    return text if len(scores) == 1 else text + brackets(*stats.interval(scores, aggregate))
+    text = form(float(aggregate(scores)))
+    return text if len(scores) == 1 else text + brackets(*stats.interval(scores, aggregate), form)
 
 
 def difference(x: np.ndarray, y: np.ndarray, form: Callable[[float], str] = number) -> str:

@@ -211,6 +211,17 @@ def test_result_of_a_run(tmp_path):
         assert value == pytest.approx(np.mean([e["return"] for e in episodes if e["global_step"] <= step][-100:]), abs=1e-4)
 
 
+def test_result_of_a_language_model_keeps_its_course_and_its_stages(tmp_path):
+    folder, course = write_run(tmp_path / "r"), course_of((0, 0.2, 0), (20, 0.6, 4))["evaluations"]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in course))
+    (folder / "evaluation.json").write_text(
+        json.dumps({"reward_model_accuracy": 0.7, "supervised_nats": 4.1, "returns": [1.0]})
+    )
+    curve = result_files.summarize(folder, "rlhf-human", "default")[2]
+    assert curve["evaluations"] == course
+    assert curve["stages"] == {"reward_model_accuracy": 0.7, "supervised_nats": 4.1}
+
+
 def test_result_of_a_resumed_run_adds_up_the_time(tmp_path):
     seconds = [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 2.5, 0.25, 1.0, 2.0]
     final = result_files.summarize(write_run(tmp_path / "r", seconds=seconds), "base", "default")[1]
@@ -729,17 +740,16 @@ def test_report_refuses_seeds_of_different_length(reported, capsys):
     assert "another number of steps" in capsys.readouterr().err
 
 
-def fake_results(folder, suite, settings, envs, seeds, score):
-    """Result files whose score is score(setting, env, seed)."""
+def fake_results(folder, suite, settings, envs, seeds, score, args=None, course=None):
+    """Result files whose score is score(setting, env, seed); course(setting, env, seed): further parts of the curve."""
     for setting, env, seed in itertools.product(settings, envs, seeds):
         header = {"suite": suite, "setting": setting, "env": env, "seed": seed, "script": "ppo_continuous.py", "flags": {}}
-        header |= {"script_sha256": "0" * 64, "versions": {"torch": "2"}, "cpu": "test", "gpu": None, "args": {}}
+        header |= {"script_sha256": "0" * 64, "versions": {"torch": "2"}, "cpu": "test", "gpu": None, "args": args or {}}
         value = float(score(setting, env, seed))
         final = {"return": value, "return_over_training": value, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
         name = suites.Run(suite, setting, "x.py", env, seed).name
-        result_files.write_result(
-            result_files.result_file(folder, suite, name), [header, final, {"global_step": [1000], "return": [value]}]
-        )
+        curve = {"global_step": [1000], "return": [value], **(course(setting, env, seed) if course else {})}
+        result_files.write_result(result_files.result_file(folder, suite, name), [header, final, curve])
 
 
 def fake_random(folder, mean):
@@ -891,6 +901,42 @@ def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):
     text = (tmp_path / "details.svg").read_text()
     assert all(f"{env}: score of each run" in text for env in suites.DETAILS_TASKS)
     assert "effect, mean over the tasks" in text
+
+
+def course_of(*points):
+    """Evaluations of a language model, from (KL, VADER, score)."""
+    rest = {"ended": 1.0, "length": 10.0, "distinct_2": 0.5}
+    return {"evaluations": [{"kl": kl, "vader": vader, "score": score, **rest} for kl, vader, score in points]}
+
+
+def test_over_optimization_is_read_from_the_course_of_training(tmp_path):
+    free, bound = suites.RLHF["rlhf-overopt"]
+    courses = {free: course_of((0, 0.2, 0), (50, 0.9, 4), (100, 0.6, 6)), bound: course_of((0, 0.2, 0), (25, 0.8, 3))}
+    fake_results(tmp_path, "rlhf-overopt", courses, ["labels"], (1, 2), lambda *_: 0, course=lambda s, *_: courses[s])
+    text = report.table_rlhf_overopt(report.Results(tmp_path))
+    assert f"| {free} | 2 | 0.90 | 4.00 | 50.00 | 0.60 | 6.00 | 100.00 | 0.30 |" in text
+    assert f"| {bound} | 1 | 0.80 | 3.00 | 25.00 | 0.80 | 3.00 | 25.00 | 0.00 |" in text
+    assert f"0.30 [0.30, 0.30] with {free}, 0.00 [0.00, 0.00] with {bound}; difference 0.30 [0.30, 0.30]." in text
+    assert "+0.25 [+0.25, +0.25], n 2" in text  # 0.8 against 0.55, half of the way from 0.2 to 0.9
+
+
+def test_effects_of_details_of_language_models(tmp_path):
+    off = next(iter(suites.RLHF_DETAILS))
+    on, changed = course_of((0, 0.2, 0), (20, 0.6, 4)), course_of((0, 0.2, 0), (30, 0.5, 3))
+    fake_results(tmp_path, "rlhf-human", ["beta 0.05"], ["human"], (1, 2), lambda *_: 0, course=lambda *_: on)
+    fake_results(tmp_path, "rlhf-details", [off], ["human"], (1,), lambda *_: 0, course=lambda *_: changed)
+    text = report.table_rlhf_details(report.Results(tmp_path))
+    assert "| all on | 4.00 |  | 20.00 |  | 1.00 |  | 0.60 | 0.50 | 1, 2 |" in text
+    assert f"| {off} | 3.00 | -1.00 | 30.00 | +10.00 | 1.00 | +0.00 | 0.50 | 0.50 | 1 |" in text  # no interval of a single seed
+
+
+def test_reward_models_are_told_once_per_seed(tmp_path):
+    args = {"env": "human", "num_comparisons": 16000, "head_init": "original", "reward_pool": "last"}
+    for suite, setting in (("rlhf-human", "beta 0"), ("rlhf-details", next(iter(suites.RLHF_DETAILS)))):
+        stages = {"stages": {"supervised_nats": 4.0, "reward_model_accuracy": 0.7}}
+        fake_results(tmp_path, suite, [setting], ["human"], (1, 2), lambda *_: 0, args=args, course=lambda *_, x=stages: x)
+    text = report.table_rlhf_stages(report.Results(tmp_path))
+    assert "| 16,000 comparisons by people's ratings | 4.00 [4.00, 4.00] | 0.700 [0.700, 0.700] | 1, 2 |" in text
 
 
 def test_games_won(tmp_path):
