@@ -145,6 +145,7 @@ class Args:
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline works)
     wandb_project_name: str = "ppo"  # project of --track
     wandb_entity: str | None = None  # team of --track
+    tensorboard: bool = False  # write TensorBoard's event files into the run directory, too (needs pip install tensorboard)
 
     # PPO
     learning_rate: Positive = 3e-4  # Adam step size, above 0
@@ -1127,6 +1128,7 @@ class Run:
         self.args, self.start_time = args, time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
+        self.tensorboard = load_tensorboard() if args.tensorboard else None
         self.dir, self.checkpoint, self.saved_step = Path(args.run_dir), None, 0
         if args.resume:
             self.dir = load_checkpoint(args.resume)[1].parent
@@ -1212,6 +1214,8 @@ class Run:
             self.save(self.first_iteration - 1, state)
         if self.wandb:
             open_wandb(self.wandb, args, self.dir, str(self.wandb_id))
+        if self.tensorboard:  # a resumed run writes again what came after the checkpoint
+            self.tensorboard = self.tensorboard(self.dir, purge_step=state["global_step"] + 1)
         say(
             f"{args.env}: {args.num_envs} x {args.num_steps} steps, {args.num_iterations} iterations, update on {args.device}, "
             f"{args.num_threads} thread(s); run directory {self.dir}"
@@ -1243,10 +1247,18 @@ class Run:
         self.write("metrics.jsonl", {"iteration": iteration, "global_step": step, **record})
         for global_step, episode, length in episodes:
             self.write("episodes.jsonl", {"global_step": global_step, "return": episode, "length": length})
-        if self.wandb:
-            self.wandb.log(record, step=step)
+        self.chart(record, step)
         self.ended_since_save += len(episodes)
         self.show_progress(step, float(np.mean(runner.recent_returns)) if runner.recent_returns else math.nan)
+
+    def chart(self, record: dict, step: int):
+        """The figures of a record for W&B and TensorBoard, where these are wanted."""
+        if self.wandb:
+            self.wandb.log(record, step=step)
+        if self.tensorboard:
+            for name, value in record.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
 
     def steps_per_second(self, step: int) -> float:
         """Of this process since its first iteration, which compiles; 0 in the first."""
@@ -1327,6 +1339,15 @@ class Run:
             self.wandb.finish()
         self.unlock()
         return result
+
+
+def load_tensorboard() -> Any:
+    """What writes event files, before a run exists."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard needs a package besides: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def load_wandb(args: Args) -> Any:
@@ -1575,7 +1596,8 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
         check_trust(saved.env, given.env)
     args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_steps", "eval_deterministic", "capture_video"}
-    free |= {"track", "wandb_project_name", "wandb_entity", "compile", "device", "num_threads", "checkpoint_minutes"}
+    free |= {"track", "wandb_project_name", "wandb_entity", "tensorboard", "compile", "device", "num_threads"}
+    free |= {"checkpoint_minutes"}
     changed = [
         f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)
     ]

@@ -25,7 +25,7 @@ import suites
 RESULTS = suites.ROOT / "benchmarks" / "results"
 CURVE_POINTS = 100
 # Arguments that are no part of a setting: where a run stands, what it shows, how it is evaluated, and what it runs on.
-LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "capture_video"}
+LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "tensorboard", "capture_video"}
 LOCAL |= {"eval_episodes", "eval_steps", "eval_deterministic"}
 MACHINE = {"num_threads", "device", "compile"}
 

@@ -4,6 +4,7 @@ import importlib
 import math
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,38 @@ def test_wandb_gets_the_records_of_the_log_at_their_global_steps(script, monkeyp
     assert (recorder.options["project"], recorder.options["entity"]) == ("ppo", "us")
     assert recorder.options["config"]["learning_rate"] == args.learning_rate
     assert recorder.finished
+
+
+@each_script
+def test_tensorboard_gets_the_records_of_the_log_and_none_twice_after_an_interruption(script, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def interrupted(self, iteration):
+        if iteration == 4:  # it is in the log, and not in the checkpoint
+            raise KeyboardInterrupt
+        return iteration == 3
+
+    with monkeypatch.context() as m:
+        m.setattr(script.Run, "is_checkpoint_due", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(tiny(script, tensorboard=True))
+    assert len(records_of("run")) == 4
+    script.train(tiny(script, tensorboard=True, resume="run"))
+    events = EventAccumulator("run").Reload()
+    names = {name for record in records_of("run") for name in record} - {"iteration", "global_step"}
+    assert set(events.Tags()["scalars"]) == names
+    for name in names - {"charts/seconds", "charts/SPS"}:
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(record["global_step"], record[name]) for record in records_of("run") if name in record]
+        assert told == [(step, pytest.approx(value, nan_ok=True)) for step, value in expected], name
+
+
+@each_script
+def test_tensorboard_that_is_not_installed_is_one_sentence_before_the_run(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(script.UsageError, match="pip install tensorboard"):
+        script.train(tiny(script, tensorboard=True))
+    assert not Path("run").exists()
 
 
 @each_script

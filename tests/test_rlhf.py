@@ -564,6 +564,18 @@ def test_killed_and_resumed_run_ends_with_the_same_bits():
     assert read_metrics("killed")[1:] == read_metrics("whole")[1:]
 
 
+def test_tensorboard_gets_the_log_and_the_evaluations():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ppo_rlhf.train(tiny(tensorboard=True))
+    events = EventAccumulator("run").Reload()
+    for file, name, key in (("evaluations", "evaluation/score", "score"), ("metrics", "charts/score", "charts/score")):
+        records = [record for record in read_jsonl(f"run/{file}.jsonl") if key in record]
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(record["global_step"], pytest.approx(record[key])) for record in records]
+        assert len(told) > 1
+
+
 # models of transformers, which is optional
 
 
