@@ -144,6 +144,7 @@ RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "rlhf-human": {
         "beta 0.05": ("ppo_rlhf.py", "human", {}),
         "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
+        "beta 0.1": ("ppo_rlhf.py", "human", {"kl_coef": 0.1}),
     },
     "rlhf-overopt": {  # both with the same learning rate
         "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
