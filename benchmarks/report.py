@@ -463,7 +463,11 @@ def table_rlhf_overopt(r: Results) -> str:
     if len(falls) == 2:
         means = {setting: with_interval(np.array(x), form="{:.2f}".format) for setting, x in falls.items()}
         text = "\nMean fall of VADER: " + ", ".join(f"{mean} with {setting}" for setting, mean in means.items())
-        text += f"; difference {difference(np.array(falls[free]), np.array(falls[bound]), '{:.2f}'.format)}.\n"
+        text += (
+            f"; difference {difference(np.array(falls[free]), np.array(falls[bound]), '{:.2f}'.format)}. It fell by 0.15 or "
+        )
+        counts = [f"{share(sum(fall >= 0.15 for (fall,) in x), len(x))} with {setting}" for setting, x in falls.items()]
+        text += f"more in {', and '.join(counts)}.\n"
     if gaps:
         text += f"\nVADER at the end with {bound}, minus that with {free} at the same KL: "
         text += f"{with_interval(np.array(gaps), form='{:+.2f}'.format)}, n {len(gaps)}.\n"

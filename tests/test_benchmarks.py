@@ -917,6 +917,7 @@ def test_over_optimization_is_read_from_the_course_of_training(tmp_path):
     assert f"| {free} | 2 | 0.90 | 4.00 | 50.00 | 0.60 | 6.00 | 100.00 | 0.30 |" in text
     assert f"| {bound} | 1 | 0.80 | 3.00 | 25.00 | 0.80 | 3.00 | 25.00 | 0.00 |" in text
     assert f"0.30 [0.30, 0.30] with {free}, 0.00 [0.00, 0.00] with {bound}; difference 0.30 [0.30, 0.30]." in text
+    assert f"in 2 of 2, 100% [34%, 100%] with {free}, and 0 of 2, 0% [0%, 66%] with {bound}." in text
     assert "+0.25 [+0.25, +0.25], n 2" in text  # 0.8 against 0.55, half of the way from 0.2 to 0.9
 
 
