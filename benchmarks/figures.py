@@ -106,8 +106,10 @@ def draw_rlhf(data: dict, plt):
     data: {suite: {setting: {seed: [[KL, score, VADER], ...]}}}, a point for each evaluation in the course of training.
     """
     figure, axes = plt.subplots(len(data), 2, figsize=(7.5, 2.7 * len(data)), squeeze=False, layout="constrained")
+    styles = dict(zip(dict.fromkeys(s for settings in data.values() for s in settings), STYLES, strict=False))
     for row, (suite, settings) in zip(axes, data.items(), strict=True):
-        for (setting, by_seed), (color, line, marker) in zip(settings.items(), STYLES, strict=False):
+        for setting, by_seed in settings.items():
+            color, line, marker = styles[setting]
             look = {"color": color, "marker": marker, "mfc": "white" if marker in "sDP" else color, "markersize": 4}
             for i, points in enumerate(by_seed.values()):
                 kl, *measures = np.array(points).T

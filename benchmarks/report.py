@@ -19,6 +19,7 @@ import figures
 import numpy as np
 import pandas as pd
 import plot
+import report_rlhf
 import stats
 import suites
 from figures import ALL_ON, KL_TARGET
@@ -391,114 +392,6 @@ def table_measured(r: Results) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
-def measured(r: Results, suite: str, setting: str, env: str, measure: str) -> list[tuple[float, float]]:
-    """A measure of the evaluations of ppo_rlhf.py before and after the training, by ascending seed."""
-    curves = [run["evaluations"] for run in r.groups[suite, setting, env]["curve"]]
-    return [(evaluations[0][measure], evaluations[-1][measure]) for evaluations in curves]
-
-
-def table_rlhf_exact(r: Results) -> str:
-    rows = []
-    for setting, (_, env, _) in suites.RLHF["rlhf-exact"].items():
-        for i, seed in enumerate(r.seeds("rlhf-exact", setting, env)):
-            (before, after), (_, best) = (measured(r, "rlhf-exact", setting, env, x)[i] for x in ("objective", "optimum"))
-            row = [f"{x:.3f}" for x in (before, after, best)]
-            rows.append([setting, str(seed), *row, f"{(after - before) / (best - before):.3f}"])
-    head = ["penalty in the reward", "seed", "J of the reference", "J reached", "best J", "share of the way"]
-    return markdown(head, rows) + r.footer("rlhf-exact")
-
-
-def table_rlhf_stages(r: Results) -> str:
-    """What PPO began with: the reward models, each trained once per seed and shared by the runs of that seed."""
-    found: dict[tuple[str, int], dict[int, dict]] = {}
-    for run in r.runs.itertuples():
-        stages = run.curve.get("stages") or {}
-        if "reward_model_accuracy" in stages and (run.args["head_init"], run.args["reward_pool"]) == ("original", "last"):
-            found.setdefault((run.args["env"], run.args["num_comparisons"]), {})[run.seed] = stages
-    rows = []
-    for (env, count), by_seed in sorted(found.items(), reverse=True):
-        seeds, who = sorted(by_seed), {"human": "people's ratings", "labels": "VADER"}[env]
-        columns = [np.array([[by_seed[s][x]] for s in seeds]) for x in ("supervised_nats", "reward_model_accuracy")]
-        agreement = with_interval(columns[1], form="{:.3f}".format)
-        rows.append([f"{count:,} comparisons by {who}", with_interval(columns[0]), agreement, seeds_text(seeds)])
-    return markdown(["reward model", "supervised model, nats a token", "agrees with people on pairs", "seeds"], rows)
-
-
-def table_rlhf(r: Results) -> str:
-    rows, footers = [], ""
-    measures = ("score", "vader", "kl", "ended", "length", "distinct_2")
-    for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
-        for setting, (_, env, _) in suites.RLHF[suite].items():
-            seeds, cells = r.seeds(suite, setting, env), [""] * len(measures)
-            if seeds:
-                ends = [np.array(measured(r, suite, setting, env, x)) for x in measures]
-                cells = [f"{x[:, 0].mean():.2f} -> {with_interval(x[:, 1:], form='{:.2f}'.format)}" for x in ends]
-            rows.append([f"{suite}, {setting}", *cells, seeds_text(seeds)])
-        footers += r.footer(suite) if len(r.of(suite)) else ""
-    head = ["suite, setting", "score", "VADER", "KL", "ended", "length", "distinct pairs", "seeds"]
-    return markdown(head, rows) + footers
-
-
-def table_rlhf_overopt(r: Results) -> str:
-    """Where VADER was highest in the course of training, and where it and the score ended."""
-    rows: list[list[str]] = []
-    falls: dict[str, list[list[float]]] = {}
-    courses: dict[tuple[str, int], list[dict]] = {}
-    for setting, (_, env, _) in suites.RLHF["rlhf-overopt"].items():
-        group = r.groups.get(("rlhf-overopt", setting, env), r.runs[:0])
-        for seed, curve in zip(group["seed"], group["curve"], strict=True):
-            best, last = max(curve["evaluations"], key=lambda e: e["vader"]), curve["evaluations"][-1]
-            courses[setting, seed] = curve["evaluations"]
-            falls.setdefault(setting, []).append([best["vader"] - last["vader"]])
-            cells = [f"{e[x]:.2f}" for e in (best, last) for x in ("vader", "score", "kl")]
-            rows.append([setting, str(seed), *cells, f"{best['vader'] - last['vader']:.2f}"])
-    head = ["setting", "seed", "highest VADER", "its score", "its KL", "last VADER", "its score", "its KL", "fall of VADER"]
-    free, bound = suites.RLHF["rlhf-overopt"]
-    gaps = []  # VADER with the penalty minus VADER without it at the same KL, read from the line between two evaluations
-    for _, seed in (key for key in courses if key[0] == bound and (free, key[1]) in courses):
-        kl, vader = np.array([[e["kl"], e["vader"]] for e in courses[free, seed]]).T
-        last, order = courses[bound, seed][-1], np.argsort(kl)
-        gaps.append([last["vader"] - np.interp(last["kl"], kl[order], vader[order])])
-    text = ""
-    if len(falls) == 2:
-        means = {setting: with_interval(np.array(x), form="{:.2f}".format) for setting, x in falls.items()}
-        text = "\nMean fall of VADER: " + ", ".join(f"{mean} with {setting}" for setting, mean in means.items())
-        text += (
-            f"; difference {difference(np.array(falls[free]), np.array(falls[bound]), '{:.2f}'.format)}. It fell by 0.15 or "
-        )
-        counts = [f"{share(sum(fall >= 0.15 for (fall,) in x), len(x))} with {setting}" for setting, x in falls.items()]
-        text += f"more in {', and '.join(counts)}.\n"
-    if gaps:
-        text += f"\nVADER at the end with {bound}, minus that with {free} at the same KL: "
-        text += f"{with_interval(np.array(gaps), form='{:+.2f}'.format)}, n {len(gaps)}.\n"
-    return markdown(head, rows) + text
-
-
-def table_rlhf_details(r: Results) -> str:
-    """Each detail off beside all on, after the training."""
-    all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
-    rows: list[list[str]] = []
-    baseline = [np.array(measured(r, *all_on, x))[:, 1:] for x in measures] if r.seeds(*all_on) else []
-    for name, key in {"all on": all_on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
-        if baseline and (seeds := r.seeds(*key)):
-            ends = [np.array(measured(r, *key, x))[:, 1:] for x in measures]
-            effects = [
-                difference(x, on, "{:+.2f}".format) if key != all_on else "" for x, on in zip(ends, baseline, strict=True)
-            ]
-            means = [f"{stats.mean(x):.2f}" for x in ends]
-            pairs = [cell for both in zip(means[:3], effects[:3], strict=True) for cell in both]
-            rows.append([name, *pairs, *means[3:], seeds_text(seeds)])
-    head = [
-        "off",
-        *(text for x in ("score", "KL", "ended") for text in (x, "minus all on")),
-        "VADER",
-        "distinct pairs",
-        "seeds",
-    ]
-    footer = r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
-    return markdown(head, rows) + footer
-
-
 def table_random(r: Results) -> str:
     rows = []
     for env in suites.MUJOCO:
@@ -597,18 +490,6 @@ def kl_data(r: Results) -> dict:
     return data
 
 
-def rlhf_data(r: Results) -> dict:
-    """suite -> setting -> seed -> KL, score and VADER of each evaluation in the course of training."""
-    data: dict = {}
-    for suite in ("rlhf-human", "rlhf-overopt"):
-        for setting, (_, env, _) in suites.RLHF[suite].items():
-            group = r.groups.get((suite, setting, env), r.runs[:0])
-            for seed, curve in zip(group["seed"], group["curve"], strict=True):
-                points = [[round(e[x], 4) for x in ("kl", "score", "vader")] for e in curve["evaluations"]]
-                data.setdefault(suite, {}).setdefault(setting, {})[str(seed)] = points
-    return data
-
-
 def curves_of(lines: dict[str, tuple[str, str]], envs) -> Callable[[Results], dict]:
     return lambda r: curves_data(r, lines, envs)
 
@@ -620,11 +501,13 @@ PLOTS: dict[str, tuple[str, Callable[[Results], dict], Callable]] = {
     "kl": ("Measured KL of the adaptive penalty", kl_data, figures.draw_kl),
     "details": ("Effect of each detail", details_data, figures.draw_details),
     "atari_short": ("Learning curves on Atari without a GPU", curves_of(ATARI_LINES, ("Pong", "Breakout")), plot.draw_curves),
-    "rlhf": ("Score and VADER against the KL to the reference", rlhf_data, figures.draw_rlhf),
+    "rlhf": ("Score and VADER against the KL to the reference", report_rlhf.rlhf_data, figures.draw_rlhf),
     "atari": ("Learning curves on Atari", curves_of({"PPO": ("table6", "default")}, suites.ATARI), plot.draw_curves),
 }
 TABLES: dict[str, Callable[[Results], str]] = {
-    name.removeprefix("table_"): function for name, function in list(globals().items()) if name.startswith("table_")
+    name.removeprefix("table_"): function
+    for name, function in [*globals().items(), *vars(report_rlhf).items()]
+    if name.startswith("table_")
 }
 
 

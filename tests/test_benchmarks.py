@@ -25,6 +25,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import figures  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
+import report_rlhf
 import results as result_files  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
@@ -910,15 +911,27 @@ def course_of(*points):
 
 
 def test_over_optimization_is_read_from_the_course_of_training(tmp_path):
-    free, bound = suites.RLHF["rlhf-overopt"]
-    courses = {free: course_of((0, 0.2, 0), (50, 0.9, 4), (100, 0.6, 6)), bound: course_of((0, 0.2, 0), (25, 0.8, 3))}
+    courses = {"beta 0": course_of((0, 0.2, 0), (50, 0.9, 4), (100, 0.6, 6)), "beta 0.05": course_of((0, 0.2, 0), (25, 0.8, 3))}
     fake_results(tmp_path, "rlhf-overopt", courses, ["labels"], (1, 2), lambda *_: 0, course=lambda s, *_: courses[s])
-    text = report.table_rlhf_overopt(report.Results(tmp_path))
-    assert f"| {free} | 2 | 0.90 | 4.00 | 50.00 | 0.60 | 6.00 | 100.00 | 0.30 |" in text
-    assert f"| {bound} | 1 | 0.80 | 3.00 | 25.00 | 0.80 | 3.00 | 25.00 | 0.00 |" in text
-    assert f"0.30 [0.30, 0.30] with {free}, 0.00 [0.00, 0.00] with {bound}; difference 0.30 [0.30, 0.30]." in text
-    assert f"in 2 of 2, 100% [34%, 100%] with {free}, and 0 of 2, 0% [0%, 66%] with {bound}." in text
-    assert "+0.25 [+0.25, +0.25], n 2" in text  # 0.8 against 0.55, half of the way from 0.2 to 0.9
+    text = report_rlhf.table_rlhf_overopt(report.Results(tmp_path))
+    assert "| rlhf-overopt, beta 0 | 2 | 0.90 | 4.00 | 50.00 | 0.60 | 6.00 | 100.00 | 0.30 |" in text
+    assert "| rlhf-overopt, beta 0.05 | 1 | 0.80 | 3.00 | 25.00 | 0.80 | 3.00 | 25.00 | 0.00 |" in text
+    assert "fell by 0.30 [0.30, 0.30] without the penalty and 0.00 [0.00, 0.00] with it" in text
+    assert "difference 0.30 [0.30, 0.30]; by 0.15 or more in 2 of 2, 100% [34%, 100%] and 0 of 2, 0% [0%, 66%]." in text
+    assert "at the same KL: +0.25 [+0.25, +0.25] (n 2)" in text  # 0.8 against 0.55, half of the way from 0.2 to 0.9
+    assert "rlhf-human:" not in text
+
+
+def test_readme_tells_of_language_models_what_was_run(tmp_path):
+    stages = {"stages": {"reward_model_accuracy": 0.7}}
+    on, off = course_of((0, 0.2, 0), (20, 0.6, 4)) | stages, course_of((0, 0.2, 0), (80, 0.3, 6)) | stages
+    assert report_rlhf.table_rlhf_told(report.Results(tmp_path)) == "Nothing was run yet.\n"
+    for setting, course in (("beta 0.05", on), ("beta 0", off)):
+        fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, course=lambda *_, c=course: c)
+    text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
+    assert text.startswith("With 2 seeds the reward model agreed with people on 70.0% [70.0%, 70.0%] of unseen pairs.")
+    assert "to 4.00 [4.00, 4.00] deviations, and VADER, which PPO never saw, from 0.20 to 0.60 [0.60, 0.60]" in text
+    assert "the KL reached 80.00 [80.00, 80.00]; VADER rose, fell again and ended at 0.30 [0.30, 0.30]." in text
 
 
 def test_effects_of_details_of_language_models(tmp_path):
@@ -926,7 +939,7 @@ def test_effects_of_details_of_language_models(tmp_path):
     on, changed = course_of((0, 0.2, 0), (20, 0.6, 4)), course_of((0, 0.2, 0), (30, 0.5, 3))
     fake_results(tmp_path, "rlhf-human", ["beta 0.05"], ["human"], (1, 2), lambda *_: 0, course=lambda *_: on)
     fake_results(tmp_path, "rlhf-details", [off], ["human"], (1,), lambda *_: 0, course=lambda *_: changed)
-    text = report.table_rlhf_details(report.Results(tmp_path))
+    text = report_rlhf.table_rlhf_details(report.Results(tmp_path))
     assert "| all on | 4.00 |  | 20.00 |  | 1.00 |  | 0.60 | 0.50 | 1, 2 |" in text
     assert f"| {off} | 3.00 | -1.00 | 30.00 | +10.00 | 1.00 | +0.00 | 0.50 | 0.50 | 1 |" in text  # no interval of a single seed
 
@@ -936,7 +949,7 @@ def test_reward_models_are_told_once_per_seed(tmp_path):
     for suite, setting in (("rlhf-human", "beta 0"), ("rlhf-details", next(iter(suites.RLHF_DETAILS)))):
         stages = {"stages": {"supervised_nats": 4.0, "reward_model_accuracy": 0.7}}
         fake_results(tmp_path, suite, [setting], ["human"], (1, 2), lambda *_: 0, args=args, course=lambda *_, x=stages: x)
-    text = report.table_rlhf_stages(report.Results(tmp_path))
+    text = report_rlhf.table_rlhf_stages(report.Results(tmp_path))
     assert "| 16,000 comparisons by people's ratings | 4.00 [4.00, 4.00] | 0.700 [0.700, 0.700] | 1, 2 |" in text
 
 

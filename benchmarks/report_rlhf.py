@@ -1,0 +1,156 @@
+"""Tables of ppo_rlhf.py for report.py: the exact test, the experiments with people's ratings, and the details."""
+
+import textwrap
+
+import numpy as np
+import stats
+import suites
+from tables import Results, difference, markdown, seeds_text, share, with_interval
+
+
+def measured(r: Results, suite: str, setting: str, env: str, measure: str) -> list[tuple[float, float]]:
+    """A measure of the evaluations of ppo_rlhf.py before and after the training, by ascending seed."""
+    curves = [run["evaluations"] for run in r.groups[suite, setting, env]["curve"]]
+    return [(evaluations[0][measure], evaluations[-1][measure]) for evaluations in curves]
+
+
+def table_rlhf_exact(r: Results) -> str:
+    rows = []
+    for setting, (_, env, _) in suites.RLHF["rlhf-exact"].items():
+        for i, seed in enumerate(r.seeds("rlhf-exact", setting, env)):
+            (before, after), (_, best) = (measured(r, "rlhf-exact", setting, env, x)[i] for x in ("objective", "optimum"))
+            row = [f"{x:.3f}" for x in (before, after, best)]
+            rows.append([setting, str(seed), *row, f"{(after - before) / (best - before):.3f}"])
+    head = ["penalty in the reward", "seed", "J of the reference", "J reached", "best J", "share of the way"]
+    return markdown(head, rows) + r.footer("rlhf-exact")
+
+
+def table_rlhf_stages(r: Results) -> str:
+    """What PPO began with: the reward models, each trained once per seed and shared by the runs of that seed."""
+    found: dict[tuple[str, int], dict[int, dict]] = {}
+    for run in r.runs.itertuples():
+        stages = run.curve.get("stages") or {}
+        if "reward_model_accuracy" in stages and (run.args["head_init"], run.args["reward_pool"]) == ("original", "last"):
+            found.setdefault((run.args["env"], run.args["num_comparisons"]), {})[run.seed] = stages
+    rows = []
+    for (env, count), by_seed in sorted(found.items(), reverse=True):
+        seeds, who = sorted(by_seed), {"human": "people's ratings", "labels": "VADER"}[env]
+        columns = [np.array([[by_seed[s][x]] for s in seeds]) for x in ("supervised_nats", "reward_model_accuracy")]
+        agreement = with_interval(columns[1], form="{:.3f}".format)
+        rows.append([f"{count:,} comparisons by {who}", with_interval(columns[0]), agreement, seeds_text(seeds)])
+    return markdown(["reward model", "supervised model, nats a token", "agrees with people on pairs", "seeds"], rows)
+
+
+def table_rlhf(r: Results) -> str:
+    rows, footers = [], ""
+    measures = ("score", "vader", "kl", "ended", "length", "distinct_2")
+    for suite in ("rlhf-human", "rlhf-sentiment", "rlhf-overopt", "rlhf-labels"):
+        for setting, (_, env, _) in suites.RLHF[suite].items():
+            seeds, cells = r.seeds(suite, setting, env), [""] * len(measures)
+            if seeds:
+                ends = [np.array(measured(r, suite, setting, env, x)) for x in measures]
+                cells = [f"{x[:, 0].mean():.2f} -> {with_interval(x[:, 1:], form='{:.2f}'.format)}" for x in ends]
+            rows.append([f"{suite}, {setting}", *cells, seeds_text(seeds)])
+        footers += r.footer(suite) if len(r.of(suite)) else ""
+    head = ["suite, setting", "score", "VADER", "KL", "ended", "length", "distinct pairs", "seeds"]
+    return markdown(head, rows) + footers
+
+
+OVEROPT = [(suite, s) for suite in ("rlhf-human", "rlhf-overopt") for s in ("beta 0", "beta 0.05")]
+
+
+def fall_of_vader(curve: dict) -> float:
+    """From its highest to its last evaluation in the course of training."""
+    values = [e["vader"] for e in curve["evaluations"]]
+    return max(values) - values[-1]
+
+
+def table_rlhf_overopt(r: Results) -> str:
+    """Where VADER was highest in the course of training, and where it and the score ended."""
+    rows, text = [], ""
+    for suite, setting in OVEROPT:
+        group = r.groups.get((suite, setting, suites.RLHF[suite][setting][1]), r.runs[:0])
+        for seed, curve in zip(group["seed"], group["curve"], strict=True):
+            best, last = max(curve["evaluations"], key=lambda e: e["vader"]), curve["evaluations"][-1]
+            cells = [f"{e[x]:.2f}" for e in (best, last) for x in ("vader", "score", "kl")]
+            rows.append([f"{suite}, {setting}", str(seed), *cells, f"{fall_of_vader(curve):.2f}"])
+    form, signed = "{:.2f}".format, "{:+.2f}".format
+    for suite in ("rlhf-human", "rlhf-overopt"):
+        free, bound = (r.groups.get((suite, s, suites.RLHF[suite][s][1]), r.runs[:0]) for s in ("beta 0", "beta 0.05"))
+        if not (len(free) and len(bound)):
+            continue
+        x, y = (np.array([[fall_of_vader(curve)] for curve in group["curve"]]) for group in (free, bound))
+        often = [share(int((falls >= 0.15).sum()), len(falls)) for falls in (x, y)]
+        text += f"\n{suite}: VADER fell by {with_interval(x, form=form)} without the penalty and {with_interval(y, form=form)} "
+        text += f"with it, difference {difference(x, y, form)}; by 0.15 or more in {often[0]} and {often[1]}."
+        gaps = []  # VADER with the penalty minus that without it at the same KL, on the line between two evaluations
+        for seed, curve in zip(bound["seed"], bound["curve"], strict=True):
+            for other in free[free["seed"] == seed]["curve"]:
+                kl, vader = np.array(sorted([e["kl"], e["vader"]] for e in other["evaluations"])).T
+                last = curve["evaluations"][-1]
+                gaps.append([last["vader"] - np.interp(last["kl"], kl, vader)])
+        if gaps:
+            text += " VADER at the end with the penalty, minus that without it at the same KL: "
+            text += f"{with_interval(np.array(gaps), form=signed)} (n {len(gaps)})."
+        text += "\n"
+    head = ["suite, setting", "seed", "highest VADER", "its score", "its KL", "last VADER", "its score", "its KL", "fall"]
+    return markdown(head, rows) + text
+
+
+def table_rlhf_told(r: Results) -> str:
+    """What the README says of language models."""
+    on, off = (("rlhf-human", setting, "human") for setting in ("beta 0.05", "beta 0"))
+    if not (r.seeds(*on) and r.seeds(*off)):
+        return "Nothing was run yet.\n"
+    runs, form = r.of("rlhf-human"), "{:.2f}".format
+    stages = {seed: curve["stages"] for seed, curve in zip(runs["seed"], runs["curve"], strict=True) if "stages" in curve}
+    agreed = with_interval(np.array([[x["reward_model_accuracy"]] for x in stages.values()]), form="{:.1%}".format)
+    ends = {x: np.array(measured(r, *on, x)) for x in ("score", "vader", "kl", "distinct_2")}
+    before = {x: form(values[:, 0].mean()) for x, values in ends.items()}
+    after = {x: with_interval(values[:, 1:], form=form) for x, values in ends.items()}
+    free = {x: with_interval(np.array(measured(r, *off, x))[:, 1:], form=form) for x in ("vader", "kl")}
+    told = f"With {len(r.seeds(*on))} seeds the reward model agreed with people on {agreed} of unseen pairs. PPO raised its "
+    told += (
+        f"score to {after['score']} deviations, and VADER, which PPO never saw, from {before['vader']} to {after['vader']}, "
+    )
+    told += f"at a KL of {after['kl']} nats. The texts became more alike: distinct pairs of words fell from "
+    told += f"{before['distinct_2']} to {after['distinct_2']} of all. Without the penalty the KL reached {free['kl']}; VADER "
+    told += f"rose, fell again and ended at {free['vader']}."
+    return textwrap.fill(told, 124) + "\n"
+
+
+def table_rlhf_details(r: Results) -> str:
+    """Each detail off beside all on, after the training."""
+    all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
+    rows: list[list[str]] = []
+    baseline = [np.array(measured(r, *all_on, x))[:, 1:] for x in measures] if r.seeds(*all_on) else []
+    for name, key in {"all on": all_on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
+        if baseline and (seeds := r.seeds(*key)):
+            ends = [np.array(measured(r, *key, x))[:, 1:] for x in measures]
+            effects = [
+                difference(x, on, "{:+.2f}".format) if key != all_on else "" for x, on in zip(ends, baseline, strict=True)
+            ]
+            means = [f"{stats.mean(x):.2f}" for x in ends]
+            pairs = [cell for both in zip(means[:3], effects[:3], strict=True) for cell in both]
+            rows.append([name, *pairs, *means[3:], seeds_text(seeds)])
+    head = [
+        "off",
+        *(text for x in ("score", "KL", "ended") for text in (x, "minus all on")),
+        "VADER",
+        "distinct pairs",
+        "seeds",
+    ]
+    footer = r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
+    return markdown(head, rows) + footer
+
+
+def rlhf_data(r: Results) -> dict:
+    """suite -> setting -> seed -> KL, score and VADER of each evaluation in the course of training."""
+    data: dict = {}
+    for suite in ("rlhf-human", "rlhf-overopt"):
+        for setting, (_, env, _) in suites.RLHF[suite].items():
+            group = r.groups.get((suite, setting, env), r.runs[:0])
+            for seed, curve in zip(group["seed"], group["curve"], strict=True):
+                points = [[round(e[x], 4) for x in ("kl", "score", "vader")] for e in curve["evaluations"]]
+                data.setdefault(suite, {}).setdefault(setting, {})[str(seed)] = points
+    return data
