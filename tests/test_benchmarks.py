@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import figures  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
-import report_rlhf
+import report_rlhf  # noqa: E402
 import results as result_files  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
