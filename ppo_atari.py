@@ -14,7 +14,8 @@ Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
     PPO                   network, advantages, loss, update by one minibatch
     Rollout and training  play, make the batch, learn, and the loop
-    Surroundings          games, run directory, ranks, evaluation, command line: nothing about PPO
+    Environments          how games are made, their frames
+    Surroundings          run directory, ranks, evaluation, command line: nothing about PPO, alike in every script
 """
 
 # /// script
@@ -827,73 +828,7 @@ def train(args: Args) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
-
-
-def say(text: str):
-    """A line on the terminal, above the progress bar; under torchrun of rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.tqdm.write(text, sys.stderr)
-
-
-def check_bounds(args: Any):
-    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
-        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
-        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
-        if not isinstance(value, int | float | str | tuple | None):
-            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
-        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
-            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
-        for words, holds in getattr(hint, "__metadata__", ()):
-            if not holds(value):
-                raise UsageError(f"{name} is {value}: it must {words}")
-
-
-def check_parameters(agent: nn.Module):
-    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
-    parameters = dict(agent.named_parameters(remove_duplicate=False))
-    for name in parameters:
-        if not parameters[name].requires_grad:
-            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
-    for name in agent.state_dict():
-        if name not in parameters:
-            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
-
-
-def free_memory() -> float:
-    """Bytes of memory that no process uses."""
-    with contextlib.suppress(OSError):  # there is no such file outside Linux
-        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
-    """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
-    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
-    if needed > free:
-        raise UsageError(
-            f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
-            f"{free / 1e9:,.1f} GB are free: lower one of them"
-        )
-
-
-def set_up_torch(args: Args):
-    """Threads and device; on a GPU the same bits each time, and all products in TF32 like the convolutions."""
-    torch.set_num_threads(args.num_threads)
-    if args.device != "cpu":
-        torch.cuda.set_device(args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.backends.cudnn.deterministic = True
-        torch.set_float32_matmul_precision("high")
-
-
-def describe_cpu() -> str:
-    """What the CPU at hand can do for --precision bfloat16."""
-    can, kernels = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
-    unit = "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
-    gain = f"{unit}, with which --precision bfloat16 is about twice as fast" if unit else "no instructions for bfloat16"
-    return f"this CPU has {kernels} and {gain}"
+# Environments: how they are made, their frames, their spaces.
 
 
 def find_game(name: str) -> str:
@@ -997,6 +932,76 @@ class Spaces(NamedTuple):
 
     def describe(self) -> dict[str, str]:
         return {"observation": str(self.observation), "action": f"Discrete({self.num_actions})"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
+
+
+def say(text: str):
+    """A line on the terminal, above the progress bar; under torchrun of rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.tqdm.write(text, sys.stderr)
+
+
+def check_bounds(args: Any):
+    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
+        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
+        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not isinstance(value, int | float | str | tuple | None):
+            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
+        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
+            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
+        for words, holds in getattr(hint, "__metadata__", ()):
+            if not holds(value):
+                raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def check_parameters(agent: nn.Module):
+    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
+    parameters = dict(agent.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if not parameters[name].requires_grad:
+            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
+    for name in agent.state_dict():
+        if name not in parameters:
+            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+
+
+def free_memory() -> float:
+    """Bytes of memory that no process uses."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
+    """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
+    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
+    if needed > free:
+        raise UsageError(
+            f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free: lower one of them"
+        )
+
+
+def set_up_torch(args: Args):
+    """Threads and device; on a GPU the same bits each time, and all products in TF32 like the convolutions."""
+    torch.set_num_threads(args.num_threads)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.backends.cudnn.deterministic = True
+        torch.set_float32_matmul_precision("high")
+
+
+def describe_cpu() -> str:
+    """What the CPU at hand can do for --precision bfloat16."""
+    can, kernels = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
+    unit = "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
+    gain = f"{unit}, with which --precision bfloat16 is about twice as fast" if unit else "no instructions for bfloat16"
+    return f"this CPU has {kernels} and {gain}"
 
 
 def make_agent(args: Args, spaces: Spaces) -> Agent:

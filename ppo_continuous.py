@@ -10,7 +10,8 @@ Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
     PPO                   networks, advantages, loss, update by one minibatch
     Rollout and training  play, make the batch, learn, and the loop
-    Surroundings          normalization, environments, run directory, evaluation, command line: nothing about PPO
+    Environments          normalization, how they are made, their spaces
+    Surroundings          run directory, evaluation, command line: nothing about PPO, alike in every script
 """
 
 # /// script
@@ -709,55 +710,7 @@ def train(args: Args) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
-
-
-def say(text: str):
-    """A line on the terminal, above the progress bar."""
-    tqdm.tqdm.write(text, sys.stderr)
-
-
-def check_bounds(args: Any):
-    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
-        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
-        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
-        if not isinstance(value, int | float | str | tuple | None):
-            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
-        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
-            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
-        for words, holds in getattr(hint, "__metadata__", ()):
-            if not holds(value):
-                raise UsageError(f"{name} is {value}: it must {words}")
-
-
-def check_parameters(agent: nn.Module):
-    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
-    parameters = dict(agent.named_parameters(remove_duplicate=False))
-    for name in parameters:
-        if not parameters[name].requires_grad:
-            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
-    for name in agent.state_dict():
-        if name not in parameters:
-            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
-
-
-def free_memory() -> float:
-    """Bytes of memory that no process uses."""
-    with contextlib.suppress(OSError):  # there is no such file outside Linux
-        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
-    """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
-    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
-    if needed > free:
-        raise UsageError(
-            f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
-            f"{free / 1e9:,.1f} GB are free: lower one of them"
-        )
+# Environments: normalization of what they return, how they are made, their spaces.
 
 
 @numba.njit
@@ -1007,6 +960,58 @@ class Spaces(NamedTuple):
 
     def describe(self) -> dict[str, str]:
         return {"observation": str(self.observation), "action": str(self.action)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Surroundings. Nothing below is about PPO, and nearly all of it is the same text in every script.
+
+
+def say(text: str):
+    """A line on the terminal, above the progress bar."""
+    tqdm.tqdm.write(text, sys.stderr)
+
+
+def check_bounds(args: Any):
+    """The values of a dataclass against the types and bounds of its fields; UsageError at the first that is wrong."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
+        kind = hint if origin is Union else origin  # Optional[...] of an edited copy
+        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        if not isinstance(value, int | float | str | tuple | None):
+            raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
+        if not fits and not (isinstance(value, int) and kind in (float, float | None)):
+            raise UsageError(f"{name} is {value!r}, which is not of the type {kind}")
+        for words, holds in getattr(hint, "__metadata__", ()):
+            if not holds(value):
+                raise UsageError(f"{name} is {value}: it must {words}")
+
+
+def check_parameters(agent: nn.Module):
+    """UsageError where an edited network has what theta does not: theta is all that is trained and saved of it."""
+    parameters = dict(agent.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if not parameters[name].requires_grad:
+            raise UsageError(f"{name} is frozen, but all parameters are trained: make it a buffer with persistent=False")
+    for name in agent.state_dict():
+        if name not in parameters:
+            raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+
+
+def free_memory() -> float:
+    """Bytes of memory that no process uses."""
+    with contextlib.suppress(OSError):  # there is no such file outside Linux
+        return float(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_memory(num_envs: int, num_steps: int, obs_dim: int = 1, action_dim: int = 1):
+    """Refuses sizes beyond the machine: about 1 MB for an environment, and the arrays of a rollout and its batch."""
+    needed, free = num_envs * 1e6 + num_envs * num_steps * (24.0 * obs_dim + 16.0 * action_dim + 60), free_memory()
+    if needed > free:
+        raise UsageError(
+            f"num_envs = {num_envs} and num_steps = {num_steps} need about {needed / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free: lower one of them"
+        )
 
 
 def compile_all(functions: list, args: Args, cuda_graphs: bool = False) -> list:
