@@ -25,15 +25,20 @@ def table_rlhf_exact(r: Results) -> str:
     return markdown(head, rows) + r.footer("rlhf-exact")
 
 
+def stages_of(r: Results) -> dict[tuple[str, int], dict[int, dict]]:
+    """What reward models were like that were trained in the usual way: (who compared, comparisons) -> seed -> figures."""
+    found: dict[tuple[str, int], dict[int, dict]] = {}
+    for args, seed, curve in zip(r.runs["args"], r.runs["seed"], r.runs["curve"], strict=True) if len(r.runs) else ():
+        stages = curve.get("stages", {})
+        if "reward_model_accuracy" in stages and (args["head_init"], args["reward_pool"]) == ("original", "last"):
+            found.setdefault((args["env"], args["num_comparisons"]), {})[seed] = stages
+    return found
+
+
 def table_rlhf_stages(r: Results) -> str:
     """What PPO began with: the reward models, each trained once per seed and shared by the runs of that seed."""
-    found: dict[tuple[str, int], dict[int, dict]] = {}
-    for run in r.runs.itertuples():
-        stages = run.curve.get("stages") or {}
-        if "reward_model_accuracy" in stages and (run.args["head_init"], run.args["reward_pool"]) == ("original", "last"):
-            found.setdefault((run.args["env"], run.args["num_comparisons"]), {})[run.seed] = stages
     rows = []
-    for (env, count), by_seed in sorted(found.items(), reverse=True):
+    for (env, count), by_seed in sorted(stages_of(r).items(), reverse=True):
         seeds, who = sorted(by_seed), {"human": "people's ratings", "labels": "VADER"}[env]
         columns = [np.array([[by_seed[s][x]] for s in seeds]) for x in ("supervised_nats", "reward_model_accuracy")]
         agreement = with_interval(columns[1], form="{:.3f}".format)
@@ -102,20 +107,23 @@ def table_rlhf_told(r: Results) -> str:
     on, off = (("rlhf-human", setting, "human") for setting in ("beta 0.05", "beta 0"))
     if not (r.seeds(*on) and r.seeds(*off)):
         return "Nothing was run yet.\n"
-    runs, form = r.of("rlhf-human"), "{:.2f}".format
-    stages = {seed: curve["stages"] for seed, curve in zip(runs["seed"], runs["curve"], strict=True) if "stages" in curve}
-    agreed = with_interval(np.array([[x["reward_model_accuracy"]] for x in stages.values()]), form="{:.1%}".format)
+    form = "{:.2f}".format
+    accuracy = [[x["reward_model_accuracy"]] for x in stages_of(r).get(("human", 16_000), {}).values()]
     ends = {x: np.array(measured(r, *on, x)) for x in ("score", "vader", "kl", "distinct_2")}
     before = {x: form(values[:, 0].mean()) for x, values in ends.items()}
     after = {x: with_interval(values[:, 1:], form=form) for x, values in ends.items()}
-    free = {x: with_interval(np.array(measured(r, *off, x))[:, 1:], form=form) for x in ("vader", "kl")}
-    told = f"With {len(r.seeds(*on))} seeds the reward model agreed with people on {agreed} of unseen pairs. PPO raised its "
-    told += (
-        f"score to {after['score']} deviations, and VADER, which PPO never saw, from {before['vader']} to {after['vader']}, "
-    )
-    told += f"at a KL of {after['kl']} nats. The texts became more alike: distinct pairs of words fell from "
-    told += f"{before['distinct_2']} to {after['distinct_2']} of all. Without the penalty the KL reached {free['kl']}; VADER "
-    told += f"rose, fell again and ended at {free['vader']}."
+    free = {x: np.array(measured(r, *off, x))[:, 1:] for x in ("vader", "kl")}
+    fell = np.array([[fall_of_vader(curve)] for curve in r.groups[off]["curve"]])
+    told = f"With {len(ends['score'])} seeds PPO raised the score from {before['score']} to {after['score']}, in deviations of "
+    told += f"the reference's scores, and VADER, which it never saw, from {before['vader']} to {after['vader']}, at a KL of "
+    told += f"{after['kl']} nats. The texts became more alike: distinct pairs of words fell from {before['distinct_2']} to "
+    told += f"{after['distinct_2']} of all. Without the penalty ({len(fell)} seeds) the KL reached "
+    told += f"{with_interval(free['kl'], form=form)} and VADER {with_interval(free['vader'], form=form)}, "
+    told += f"{with_interval(fell, form=form)} below its highest value; with the penalty minus without: "
+    told += f"{difference(ends['vader'][:, 1:], free['vader'], form)}."
+    if accuracy:
+        agreed = with_interval(np.array(accuracy), form="{:.1%}".format)
+        told += f" The reward models ({len(accuracy)} seeds) agree with people on {agreed} of unseen pairs."
     return textwrap.fill(told, 124) + "\n"
 
 

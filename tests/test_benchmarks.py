@@ -923,15 +923,17 @@ def test_over_optimization_is_read_from_the_course_of_training(tmp_path):
 
 
 def test_readme_tells_of_language_models_what_was_run(tmp_path):
-    stages = {"stages": {"reward_model_accuracy": 0.7}}
-    on, off = course_of((0, 0.2, 0), (20, 0.6, 4)) | stages, course_of((0, 0.2, 0), (80, 0.3, 6)) | stages
+    args = {"env": "human", "num_comparisons": 16000, "head_init": "original", "reward_pool": "last"}
+    stages = {"stages": {"supervised_nats": 4.0, "reward_model_accuracy": 0.7}}
+    on, off = course_of((0, 0.2, 0), (20, 0.6, 4)) | stages, course_of((0, 0.2, 0), (50, 0.5, 4), (80, 0.3, 6)) | stages
     assert report_rlhf.table_rlhf_told(report.Results(tmp_path)) == "Nothing was run yet.\n"
     for setting, course in (("beta 0.05", on), ("beta 0", off)):
-        fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, course=lambda *_, c=course: c)
+        fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, args, lambda *_, c=course: c)
     text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
-    assert text.startswith("With 2 seeds the reward model agreed with people on 70.0% [70.0%, 70.0%] of unseen pairs.")
-    assert "to 4.00 [4.00, 4.00] deviations, and VADER, which PPO never saw, from 0.20 to 0.60 [0.60, 0.60]" in text
-    assert "the KL reached 80.00 [80.00, 80.00]; VADER rose, fell again and ended at 0.30 [0.30, 0.30]." in text
+    assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
+    assert "VADER, which it never saw, from 0.20 to 0.60 [0.60, 0.60], at a KL of 20.00 [20.00, 20.00] nats." in text
+    assert "reached 80.00 [80.00, 80.00] and VADER 0.30 [0.30, 0.30], 0.20 [0.20, 0.20] below its highest value" in text
+    assert "minus without: 0.30 [0.30, 0.30]. The reward models (2 seeds) agree with people on 70.0% [70.0%, 70.0%]" in text
 
 
 def test_effects_of_details_of_language_models(tmp_path):
