@@ -829,8 +829,10 @@ class KeepInfo(gymnasium.Wrapper):
     """Hands on only those infos that the script reads: others may have any shape, which the vector environment refuses."""
 
     def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        return obs, self.keep(info)
+        result = self.env.reset(**options)
+        if not (isinstance(result, tuple) and len(result) == 2):  # of the Gym before 0.26
+            raise UsageError(f"reset of the environment returned {result!r:.80}: it must return (observation, info)")
+        return result[0], self.keep(result[1])
 
     def step(self, action):
         *step, info = self.env.step(action)

@@ -74,6 +74,15 @@ class Blind(Odd):
         self.observation_space = Dict({})
 
 
+class OldReset(Odd):
+    """The reset of the Gym before 0.26."""
+
+    def reset(self, *, seed=None, options=None) -> Any:
+        return super().reset(seed=seed, options=options)[0]
+
+
+gymnasium.register("OldReset-v0", entry_point="odd_envs:OldReset", kwargs={"discrete": False})
+gymnasium.register("OldResetDiscrete-v0", entry_point="odd_envs:OldReset", kwargs={"discrete": True})
 gymnasium.register("Blind-v0", entry_point="odd_envs:Blind")
 gymnasium.register("Odd-v0", entry_point="odd_envs:Odd", kwargs={"discrete": False})
 gymnasium.register("OddDiscrete-v0", entry_point="odd_envs:Odd", kwargs={"discrete": True})

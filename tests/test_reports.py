@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -273,6 +274,13 @@ def test_an_empty_dict_is_refused(cli):
     code, _, err = cli(*cli.flags(env="odd_envs:Blind-v0"))
     assert code == 2
     assert "cannot make environment odd_envs:Blind-v0: An empty Dict" in err
+    assert os.listdir() == []
+
+
+def test_the_reset_of_the_old_gym_is_refused(cli):
+    code, _, err = cli(*cli.flags(env=cli.env.replace("Odd", "OldReset")))
+    assert code == 2
+    assert re.search(r"reset of the environment returned array.*: it must return \(observation, info\)\n$", err)
     assert os.listdir() == []
 
 
