@@ -3,7 +3,6 @@
 import textwrap
 
 import numpy as np
-import stats
 import suites
 from tables import Results, difference, markdown, seeds_text, share, with_interval
 
@@ -128,26 +127,21 @@ def table_rlhf_told(r: Results) -> str:
 
 
 def table_rlhf_details(r: Results) -> str:
-    """Each detail off beside all on, after the training."""
+    """Each detail off beside all on, after the training; differences are within a seed, whose models both share."""
     all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
     rows: list[list[str]] = []
-    baseline = [np.array(measured(r, *all_on, x))[:, 1:] for x in measures] if r.seeds(*all_on) else []
+    on = {x: dict(zip(r.seeds(*all_on), measured(r, *all_on, x), strict=True)) for x in measures if r.seeds(*all_on)}
     for name, key in {"all on": all_on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
-        if baseline and (seeds := r.seeds(*key)):
-            ends = [np.array(measured(r, *key, x))[:, 1:] for x in measures]
-            effects = [
-                difference(x, on, "{:+.2f}".format) if key != all_on else "" for x, on in zip(ends, baseline, strict=True)
-            ]
-            means = [f"{stats.mean(x):.2f}" for x in ends]
-            pairs = [cell for both in zip(means[:3], effects[:3], strict=True) for cell in both]
-            rows.append([name, *pairs, *means[3:], seeds_text(seeds)])
-    head = [
-        "off",
-        *(text for x in ("score", "KL", "ended") for text in (x, "minus all on")),
-        "VADER",
-        "distinct pairs",
-        "seeds",
-    ]
+        if on and (seeds := r.seeds(*key)):
+            cells = []
+            for x in measures:
+                ends = {seed: after for seed, (_, after) in zip(seeds, measured(r, *key, x), strict=True)}
+                gaps = [[ends[seed] - on[x][seed][1]] for seed in seeds if seed in on[x]]
+                told = with_interval(np.array(gaps), form="{:+.2f}".format) if gaps and key != all_on else ""
+                cells += [f"{np.mean(list(ends.values())):.2f}", *([told] if x in measures[:3] else [])]
+            rows.append([name, *cells, seeds_text(seeds)])
+    gap = "minus all on"
+    head = ["off", "score", gap, "KL", gap, "ended", gap, "VADER", "distinct pairs", "seeds"]
     footer = r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
     return markdown(head, rows) + footer
 
