@@ -362,22 +362,22 @@ def table_measured(r: Results) -> str:
     cheetah, low = r.scores(*BASE, "HalfCheetah").ravel(), r.random_means(["Reacher"])
     if len(cheetah):
         above = share(int((cheetah >= MODES).sum()), len(cheetah))
-        lines.append(f"HalfCheetah has [two kinds of runs]({page}#two-kinds-of-runs-on-halfcheetah) with nothing changed:")
+        lines.append(f"HalfCheetah has [two kinds of runs]({page}#two-kinds-of-runs-on-halfcheetah):")
         lines[-1] += f" {above}, end above {MODES:.0f}."
     for suite, name in list(CONFIGURATIONS.items())[:2]:
         if scores := table1_scores(r, suite, "run"):
-            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}: clipping 0.2 scores")
+            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}, {len(scores[CLIP_02])} seeds: clipping 0.2")
             other = with_interval(table1_scores(r, suite, "setting")[CLIP_02])
-            lines[-1] += f" {with_interval(scores[CLIP_02])} or {other}, by two readings (paper: 0.82), no clipping or penalty"
-            lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (paper: -0.39), {len(scores[NO_CLIPPING])} seeds."
+            lines[-1] += f" {with_interval(scores[CLIP_02])} or {other} by two readings (paper: 0.82), no clipping or penalty"
+            lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (-0.39)."
     levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
     if any(cell for _, cell in levels):
-        lines.append("Walker2d, clipping 0.2, there: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
-        lines[-1] += "; the paper's Figure 3, which has no numbers, was read as 3000 and as 3460."
+        lines.append("Walker2d, clipping 0.2: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
+        lines[-1] += "; the paper's Figure 3: read as 3000 and 3460."
     reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
     if len(reacher) and low is not None:
         below = share(int((reacher < low[0]).sum()), len(reacher))
-        lines.append(f"Without clipping or penalty, observations normalized, Reacher ends below the random policy in {below}.")
+        lines.append(f"Without clipping or penalty, observations normalized, Reacher ends below random in {below}.")
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}

@@ -853,13 +853,13 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     text = report.table_measured(report.Results(tmp_path))
     for part in (
         "2 of 10, 20% [6%, 51%], end above 2400.",
-        "as printed: clipping 0.2 scores 1.00 [1.00, 1.00] (paper: 0.82), no clipping or penalty 0.60 [0.60, 0.60] (paper: ",
-        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3: "
-        "3000 and 3460 (two readings).",
-        "Reacher ends below the random policy in 2 of 4, 50% [15%, 85%].",
+        "as printed, 2 seeds: clipping 0.2 1.00 [1.00, 1.00] or 1.00 [1.00, 1.00] by two readings (paper: 0.82), "
+        "no clipping or penalty 0.60 [0.60, 0.60] (-0.39).",
+        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3: read as 3000 and 3460.",
+        "Reacher ends below random in 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
         " (n 3, 10); not known on Swimmer (-160 [-850, 300]).",
-        "30.0 [30.0, 30.0], defaults 20.0 [20.0, 20.0], 3 seeds each.",
+        "minus defaults: 10.00 [10.00, 10.00] (n 3, 3).",
     ):
         assert part in text
     assert len(text.split()) <= 150
