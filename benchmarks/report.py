@@ -368,7 +368,7 @@ def table_measured(r: Results) -> str:
         if scores := table1_scores(r, suite, "run"):
             lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}, {len(scores[CLIP_02])} seeds: clipping 0.2")
             other = with_interval(table1_scores(r, suite, "setting")[CLIP_02])
-            lines[-1] += f" {with_interval(scores[CLIP_02])} or {other} by two readings (paper: 0.82), no clipping or penalty"
+            lines[-1] += f" {with_interval(scores[CLIP_02])} or {other} (two readings; paper: 0.82), no clipping or penalty"
             lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (-0.39)."
     levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
     if any(cell for _, cell in levels):
@@ -381,13 +381,13 @@ def table_measured(r: Results) -> str:
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO, tuned for each task, minus PPO, which is not: ")
+        lines.append("TRPO, tuned for each task, minus PPO: ")
         clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
         open_ = [f"{env} ({difference(*xy)})" for env, xy in known.items() if not told[env]]
         lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
     larger, default = (r.scores("atari-short", setting, "Breakout") for setting in (LARGER, "bfloat16"))
     if len(larger) and len(default):
-        lines.append(f"Breakout, 1M steps, bfloat16, [larger updates]({page}#atari-on-a-cpu) minus defaults: ")
+        lines.append(f"Breakout, 1M, bfloat16, [larger updates]({page}#atari-on-a-cpu) minus defaults: ")
         lines[-1] += f"{difference(larger, default)} (n {len(larger)}, {len(default)})."
     return "".join(f"- {line}\n" for line in lines)
 

@@ -853,7 +853,7 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     text = report.table_measured(report.Results(tmp_path))
     for part in (
         "2 of 10, 20% [6%, 51%], end above 2400.",
-        "as printed, 2 seeds: clipping 0.2 1.00 [1.00, 1.00] or 1.00 [1.00, 1.00] by two readings (paper: 0.82), "
+        "as printed, 2 seeds: clipping 0.2 1.00 [1.00, 1.00] or 1.00 [1.00, 1.00] (two readings; paper: 0.82), "
         "no clipping or penalty 0.60 [0.60, 0.60] (-0.39).",
         "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3: read as 3000 and 3460.",
         "Reacher ends below random in 2 of 4, 50% [15%, 85%].",
