@@ -3,8 +3,14 @@
 import textwrap
 
 import numpy as np
+import pandas as pd
 import suites
 from tables import Results, difference, markdown, seeds_text, share, with_interval
+
+
+def runs_of(r: Results, suite: str, setting: str) -> pd.DataFrame:
+    """The runs of a setting by ascending seed; none where nothing was run."""
+    return r.groups.get((suite, setting, suites.RLHF[suite][setting][1]), r.runs[:0])
 
 
 def measured(r: Results, suite: str, setting: str, env: str, measure: str) -> list[tuple[float, float]]:
@@ -27,8 +33,8 @@ def table_rlhf_exact(r: Results) -> str:
 def stages_of(r: Results) -> dict[tuple[str, int], dict[int, dict]]:
     """What reward models were like that were trained in the usual way: (who compared, comparisons) -> seed -> figures."""
     found: dict[tuple[str, int], dict[int, dict]] = {}
-    for args, seed, curve in zip(r.runs["args"], r.runs["seed"], r.runs["curve"], strict=True) if len(r.runs) else ():
-        stages = curve.get("stages", {})
+    for header, curve in zip(r.runs["header"], r.runs["curve"], strict=True):
+        args, seed, stages = header["args"], header["seed"], curve.get("stages", {})
         if "reward_model_accuracy" in stages and (args["head_init"], args["reward_pool"]) == ("original", "last"):
             found.setdefault((args["env"], args["num_comparisons"]), {})[seed] = stages
     return found
@@ -60,42 +66,46 @@ def table_rlhf(r: Results) -> str:
     return markdown(head, rows) + footers
 
 
-OVEROPT = [(suite, s) for suite in ("rlhf-human", "rlhf-overopt") for s in ("beta 0", "beta 0.05")]
-
-
 def fall_of_vader(curve: dict) -> float:
     """From its highest to its last evaluation in the course of training."""
     values = [e["vader"] for e in curve["evaluations"]]
     return max(values) - values[-1]
 
 
+def gains_at_the_same_kl(free: pd.DataFrame, bound: pd.DataFrame) -> np.ndarray:
+    """VADER at the end of each run with the penalty minus that of its seed's run without at the same KL, (runs, 1).
+
+    The latter is read from the line between two evaluations.
+    """
+    gains = []
+    for seed, curve in zip(bound["seed"], bound["curve"], strict=True):
+        for other in free[free["seed"] == seed]["curve"]:
+            kl, vader = np.array(sorted([e["kl"], e["vader"]] for e in other["evaluations"])).T
+            last = curve["evaluations"][-1]
+            gains.append([last["vader"] - np.interp(last["kl"], kl, vader)])
+    return np.array(gains)
+
+
 def table_rlhf_overopt(r: Results) -> str:
     """Where VADER was highest in the course of training, and where it and the score ended."""
-    rows, text = [], ""
-    for suite, setting in OVEROPT:
-        group = r.groups.get((suite, setting, suites.RLHF[suite][setting][1]), r.runs[:0])
-        for seed, curve in zip(group["seed"], group["curve"], strict=True):
-            best, last = max(curve["evaluations"], key=lambda e: e["vader"]), curve["evaluations"][-1]
-            cells = [f"{e[x]:.2f}" for e in (best, last) for x in ("vader", "score", "kl")]
-            rows.append([f"{suite}, {setting}", str(seed), *cells, f"{fall_of_vader(curve):.2f}"])
-    form, signed = "{:.2f}".format, "{:+.2f}".format
+    rows, text, form = [], "", "{:.2f}".format
     for suite in ("rlhf-human", "rlhf-overopt"):
-        free, bound = (r.groups.get((suite, s, suites.RLHF[suite][s][1]), r.runs[:0]) for s in ("beta 0", "beta 0.05"))
+        groups = {setting: runs_of(r, suite, setting) for setting in ("beta 0", "beta 0.05")}
+        for setting, group in groups.items():
+            for seed, curve in zip(group["seed"], group["curve"], strict=True):
+                best, last = max(curve["evaluations"], key=lambda e: e["vader"]), curve["evaluations"][-1]
+                cells = [form(e[x]) for e in (best, last) for x in ("vader", "score", "kl")]
+                rows.append([f"{suite}, {setting}", str(seed), *cells, form(fall_of_vader(curve))])
+        free, bound = groups.values()
         if not (len(free) and len(bound)):
             continue
         x, y = (np.array([[fall_of_vader(curve)] for curve in group["curve"]]) for group in (free, bound))
         often = [share(int((falls >= 0.15).sum()), len(falls)) for falls in (x, y)]
         text += f"\n{suite}: VADER fell by {with_interval(x, form=form)} without the penalty and {with_interval(y, form=form)} "
         text += f"with it, difference {difference(x, y, form)}; by 0.15 or more in {often[0]} and {often[1]}."
-        gaps = []  # VADER with the penalty minus that without it at the same KL, on the line between two evaluations
-        for seed, curve in zip(bound["seed"], bound["curve"], strict=True):
-            for other in free[free["seed"] == seed]["curve"]:
-                kl, vader = np.array(sorted([e["kl"], e["vader"]] for e in other["evaluations"])).T
-                last = curve["evaluations"][-1]
-                gaps.append([last["vader"] - np.interp(last["kl"], kl, vader)])
-        if gaps:
+        if len(gains := gains_at_the_same_kl(free, bound)):
             text += " VADER at the end with the penalty, minus that without it at the same KL: "
-            text += f"{with_interval(np.array(gaps), form=signed)} (n {len(gaps)})."
+            text += f"{with_interval(gains, form='{:+.2f}'.format)} (n {len(gains)})."
         text += "\n"
     head = ["suite, setting", "seed", "highest VADER", "its score", "its KL", "last VADER", "its score", "its KL", "fall"]
     return markdown(head, rows) + text
@@ -150,8 +160,8 @@ def rlhf_data(r: Results) -> dict:
     """suite -> setting -> seed -> KL, score and VADER of each evaluation in the course of training."""
     data: dict = {}
     for suite in ("rlhf-human", "rlhf-overopt"):
-        for setting, (_, env, _) in suites.RLHF[suite].items():
-            group = r.groups.get((suite, setting, env), r.runs[:0])
+        for setting in suites.RLHF[suite]:
+            group = runs_of(r, suite, setting)
             for seed, curve in zip(group["seed"], group["curve"], strict=True):
                 points = [[round(e[x], 4) for x in ("kl", "score", "vader")] for e in curve["evaluations"]]
                 data.setdefault(suite, {}).setdefault(setting, {})[str(seed)] = points
