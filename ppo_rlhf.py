@@ -167,7 +167,7 @@ class Args:
     norm_adv: Literal["minibatch", "batch", "none"] = "batch"
     clip_policy: bool = True  # clipped surrogate objective; off: ratio * advantage
     clip_vloss: bool = True  # [rlhf 09] value clipped to clip_coef around its old estimate; off: squared error
-    kl_coef: Weight = 0.05  # [rlhf 01] weight beta of the penalty for leaving the reference; 0: off
+    kl_coef: Weight = 0.07  # [rlhf 01] weight beta of the penalty for leaving the reference; 0: off
     # [rlhf 03] penalty at a token: k1 is log(pi / ref); k3 is ref / pi - 1 - log(ref / pi), whose gradient is wrong here
     kl_estimator: Literal["k1", "k3"] = "k1"
     kl_target: OptionalLimit = None  # [rlhf 04] steer beta so that the KL of a response is this, nats; None: beta stays

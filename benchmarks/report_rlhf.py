@@ -113,7 +113,7 @@ def table_rlhf_overopt(r: Results) -> str:
 
 def table_rlhf_told(r: Results) -> str:
     """What the README says of language models."""
-    on, off = (("rlhf-human", setting, "human") for setting in ("beta 0.05", "beta 0"))
+    on, off = (("rlhf-human", setting, "human") for setting in ("beta 0.07", "beta 0"))
     if not (r.seeds(*on) and r.seeds(*off)):
         return "Nothing was run yet.\n"
     form = "{:.2f}".format

@@ -142,17 +142,18 @@ RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "rlhf-exact": {k: (EXACT, "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
     "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
     "rlhf-human": {
-        "beta 0.05": ("ppo_rlhf.py", "human", {}),
+        "beta 0.07": ("ppo_rlhf.py", "human", {}),
         "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
+        "beta 0.05": ("ppo_rlhf.py", "human", {"kl_coef": 0.05}),
         "beta 0.1": ("ppo_rlhf.py", "human", {"kl_coef": 0.1}),
     },
     "rlhf-overopt": {  # both with the same learning rate
         "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
-        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"anneal_lr": False}),
+        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.05, "anneal_lr": False}),
     },
     "rlhf-labels": {
-        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count}) for count in (1600, 4800)
-    },  # 16,000 are in rlhf-human
+        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count, "kl_coef": 0.05}) for count in (1600, 4800)
+    },  # 16,000 are in rlhf-human, beta 0.05
 }
 # One detail of ppo_rlhf.py off at a time; the baseline is rlhf-human, beta 0.05. Models of the stages come from the cache.
 RLHF_DETAILS: dict[str, dict[str, Any]] = {
@@ -179,7 +180,7 @@ RLHF_DETAILS: dict[str, dict[str, Any]] = {
     "33 PPO-ptx 1": {"ptx_coef": 1.0},
     "35 value warm-up 5": {"value_warmup": 5},
 }
-RLHF["rlhf-details"] = {setting: ("ppo_rlhf.py", "human", flags) for setting, flags in RLHF_DETAILS.items()}
+RLHF["rlhf-details"] = {setting: ("ppo_rlhf.py", "human", {"kl_coef": 0.05} | flags) for setting, flags in RLHF_DETAILS.items()}
 
 
 @dataclass(frozen=True)

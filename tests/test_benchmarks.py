@@ -927,7 +927,7 @@ def test_readme_tells_of_language_models_what_was_run(tmp_path):
     stages = {"stages": {"supervised_nats": 4.0, "reward_model_accuracy": 0.7}}
     on, off = course_of((0, 0.2, 0), (20, 0.6, 4)) | stages, course_of((0, 0.2, 0), (50, 0.5, 4), (80, 0.3, 6)) | stages
     assert report_rlhf.table_rlhf_told(report.Results(tmp_path)) == "Nothing was run yet.\n"
-    for setting, course in (("beta 0.05", on), ("beta 0", off)):
+    for setting, course in (("beta 0.07", on), ("beta 0", off)):
         fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, args, lambda *_, c=course: c)
     text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
     assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
