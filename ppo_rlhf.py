@@ -167,11 +167,11 @@ class Args:
     norm_adv: Literal["minibatch", "batch", "none"] = "batch"
     clip_policy: bool = True  # clipped surrogate objective; off: ratio * advantage
     clip_vloss: bool = True  # [rlhf 09] value clipped to clip_coef around its old estimate; off: squared error
-    kl_coef: Weight = 0.07  # [rlhf 01] weight beta of the penalty for leaving the reference; 0: off
+    kl_coef: Weight = 0.05  # [rlhf 01] weight beta of the penalty for leaving the reference, at first; 0: off
     # [rlhf 03] penalty at a token: k1 is log(pi / ref); k3 is ref / pi - 1 - log(ref / pi), whose gradient is wrong here
     kl_estimator: Literal["k1", "k3"] = "k1"
-    kl_target: OptionalLimit = None  # [rlhf 04] steer beta so that the KL of a response is this, nats; None: beta stays
-    kl_horizon: Positive = 10_000  # [rlhf 04] responses in which beta can grow by 20 %, above 0
+    kl_target: OptionalLimit = 10.0  # [rlhf 04] steer beta towards this KL of a response, nats; None: beta stays
+    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above 0
     max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
     norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
     score_clip: Limit = math.inf  # [rlhf 32] scores limited to +-this, above 0; inf: off

@@ -24,7 +24,7 @@ from ppo_rlhf import BOS, EOS, GPT, Agent, Args, Models, Runner
 LETTERS = "^$_a"  # begin, end, padding, and one more; all may be sampled: three letters and an end
 FLAGS = ["--env", "exact:score", "--data", "none", "--num-envs", "512", "--num-steps", "3", "--total-timesteps", "307200"]
 FLAGS += ["--kl-coef", "0.5", "--learning-rate", "1.5e-3", "--no-norm-score", "--no-eos-score", "None", "--eval-every", "200"]
-FLAGS += ["--checkpoint-every", "200"]
+FLAGS += ["--checkpoint-every", "200", "--kl-target", "None"]
 
 
 def all_responses(num_steps: int) -> list[list[int]]:

@@ -113,7 +113,7 @@ def table_rlhf_overopt(r: Results) -> str:
 
 def table_rlhf_told(r: Results) -> str:
     """What the README says of language models."""
-    on, off = (("rlhf-human", setting, "human") for setting in ("beta 0.07", "beta 0"))
+    on, off = (("rlhf-human", setting, "human") for setting in ("KL target 10", "beta 0"))
     if not (r.seeds(*on) and r.seeds(*off)):
         return "Nothing was run yet.\n"
     form = "{:.2f}".format
@@ -141,14 +141,15 @@ def table_rlhf_details(r: Results) -> str:
     all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
     rows: list[list[str]] = []
     on = {x: dict(zip(r.seeds(*all_on), measured(r, *all_on, x), strict=True)) for x in measures if r.seeds(*all_on)}
-    for name, key in {"all on": all_on, **{s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}}.items():
-        if on and (seeds := r.seeds(*key)):
+    keys = {"all on, beta 0.05": all_on, "04 KL target 10, the default": ("rlhf-human", "KL target 10", "human")}
+    for name, key in (keys | {s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}).items():
+        if on and (seeds := [seed for seed in r.seeds(*key) if seed in on["score"]]):
             cells = []
             for x in measures:
-                ends = {seed: after for seed, (_, after) in zip(seeds, measured(r, *key, x), strict=True)}
-                gaps = [[ends[seed] - on[x][seed][1]] for seed in seeds if seed in on[x]]
-                told = with_interval(np.array(gaps), form="{:+.2f}".format) if gaps and key != all_on else ""
-                cells += [f"{np.mean(list(ends.values())):.2f}", *([told] if x in measures[:3] else [])]
+                ends = dict(zip(r.seeds(*key), (after for _, after in measured(r, *key, x)), strict=True))
+                gaps = [[ends[seed] - on[x][seed][1]] for seed in seeds]
+                told = with_interval(np.array(gaps), form="{:+.2f}".format) if key != all_on else ""
+                cells += [f"{np.mean([ends[seed] for seed in seeds]):.2f}", *([told] if x in measures[:3] else [])]
             rows.append([name, *cells, seeds_text(seeds)])
     gap = "minus all on"
     head = ["off", "score", gap, "KL", gap, "ended", gap, "VADER", "distinct pairs", "seeds"]

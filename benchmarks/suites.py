@@ -138,27 +138,27 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 EXACT = "benchmarks/exact.py"  # runs ppo_rlhf.py with another model and flags of its own
 # ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
 FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
+FIXED: dict[str, Any] = {"kl_target": None, "kl_horizon": 10_000}  # beta stays as it is, and the horizon means nothing
+FIXED_005: dict[str, Any] = FIXED | {"kl_coef": 0.05}
 RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "rlhf-exact": {k: (EXACT, "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
-    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", {"kl_coef": 0.02})},
+    "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", FIXED | {"kl_coef": 0.02})},
     "rlhf-human": {
-        "beta 0.07": ("ppo_rlhf.py", "human", {}),
-        "beta 0": ("ppo_rlhf.py", "human", {"kl_coef": 0.0}),
-        "beta 0.05": ("ppo_rlhf.py", "human", {"kl_coef": 0.05}),
-        "beta 0.1": ("ppo_rlhf.py", "human", {"kl_coef": 0.1}),
+        "KL target 10": ("ppo_rlhf.py", "human", {}),
+        **{f"beta {beta:g}": ("ppo_rlhf.py", "human", FIXED | {"kl_coef": beta}) for beta in (0.0, 0.05, 0.07, 0.1)},
     },
     "rlhf-overopt": {  # both with the same learning rate
-        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.0, "anneal_lr": False}),
-        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | {"kl_coef": 0.05, "anneal_lr": False}),
+        "beta 0": ("ppo_rlhf.py", "labels", FEW_LABELS | FIXED | {"kl_coef": 0.0, "anneal_lr": False}),
+        "beta 0.05": ("ppo_rlhf.py", "labels", FEW_LABELS | FIXED_005 | {"anneal_lr": False}),
     },
     "rlhf-labels": {
-        f"{count} comparisons": ("ppo_rlhf.py", "human", {"num_comparisons": count, "kl_coef": 0.05}) for count in (1600, 4800)
+        f"{count} comparisons": ("ppo_rlhf.py", "human", FIXED_005 | {"num_comparisons": count}) for count in (1600, 4800)
     },  # 16,000 are in rlhf-human, beta 0.05
 }
-# One detail of ppo_rlhf.py off at a time; the baseline is rlhf-human, beta 0.05. Models of the stages come from the cache.
+# One detail of ppo_rlhf.py off at a time; the baseline is rlhf-human, beta 0.05: a beta that moved would hide effects. Models of
+# the stages come from the cache.
 RLHF_DETAILS: dict[str, dict[str, Any]] = {
     "03 penalty by k3": {"kl_estimator": "k3"},
-    "04 KL target 10": {"kl_target": 10.0, "kl_horizon": 1000.0},
     "05 scores not normalized": {"norm_score": False},
     "06 rewards whitened": {"whiten_rewards": True},
     "07 advantages not normalized": {"norm_adv": "none"},
@@ -180,7 +180,7 @@ RLHF_DETAILS: dict[str, dict[str, Any]] = {
     "33 PPO-ptx 1": {"ptx_coef": 1.0},
     "35 value warm-up 5": {"value_warmup": 5},
 }
-RLHF["rlhf-details"] = {setting: ("ppo_rlhf.py", "human", {"kl_coef": 0.05} | flags) for setting, flags in RLHF_DETAILS.items()}
+RLHF["rlhf-details"] = {setting: ("ppo_rlhf.py", "human", FIXED_005 | flags) for setting, flags in RLHF_DETAILS.items()}
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,10 @@ def make_suite(name: str) -> list[Run]:
     if name in RLHF:
         seeds = FIVE if name == "rlhf-exact" else SEEDS
         planned = RLHF[name].items()
-        return [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in planned]
+        runs = [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in planned]
+        if name == "rlhf-human":  # the defaults get more seeds
+            runs += [Run(name, "KL target 10", "ppo_rlhf.py", "human", seed) for seed in (4, 5, 6)]
+        return runs
     if name == "table6":
         return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
     if name == "details":

@@ -26,6 +26,7 @@ import figures  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
 import report_rlhf  # noqa: E402
+import report_table1  # noqa: E402
 import results as result_files  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
@@ -766,12 +767,12 @@ def test_table1_normalization_by_both_readings(tmp_path):
     fake_results(tmp_path, "table1", levels, suites.MUJOCO, (1, 2, 3), lambda s, e, seed: levels[s] + 10 * (seed - 2))
     fake_random(tmp_path, -10.0)
     results = report.Results(tmp_path)
-    by_run = report.table1_scores(results, "table1", "run")
-    by_setting = report.table1_scores(results, "table1", "setting")
+    by_run = report_table1.table1_scores(results, "table1", "run")
+    by_setting = report_table1.table1_scores(results, "table1", "setting")
     for setting, level in levels.items():
         assert by_run[setting].mean() == pytest.approx((level + 10) / 110)
         assert by_setting[setting].mean() == pytest.approx((level + 10) / 100)
-    text = report.table_table1(results)
+    text = report_table1.table_table1(results)
     assert re.search(
         r"\| clipping 0.2 \| 0.82 \| 0.91 \[0.8\d, 0.9\d\] \| 1.00 \[0.9\d, 1.0\d\] \| 0.91 \[.*\| 1, 2, 3 \|", text
     )
@@ -784,10 +785,10 @@ def test_table1_takes_whole_seeds_only_and_waits_for_all_settings(tmp_path):
     fake_results(tmp_path, "table1", most, ("Hopper",), (3,), lambda s, e, seed: 90)
     results = report.Results(tmp_path)
     assert results.complete_seeds("table1", "clipping 0.2", suites.MUJOCO) == [1, 2]
-    assert report.table1_scores(results, "table1", "run") == {} == report.table1_data(results)
-    assert "| clipping 0.2 | 0.82 |  |  |  | 1, 2 |" in report.table_table1(results)
+    assert report_table1.table1_scores(results, "table1", "run") == {} == report_table1.table1_data(results)
+    assert "| clipping 0.2 | 0.82 |  |  |  | 1, 2 |" in report_table1.table_table1(results)
     fake_results(tmp_path, "table1", ["fixed KL 10"], suites.MUJOCO, (1,), lambda s, e, seed: 0)
-    by_run = report.table1_scores(report.Results(tmp_path), "table1", "run")
+    by_run = report_table1.table1_scores(report.Results(tmp_path), "table1", "run")
     assert by_run["clipping 0.2"].tolist() == [[1.0] * 7]  # seed 1 alone, and Hopper's 90 is of no whole seed
     assert by_run["fixed KL 10"].tolist() == [[0.5] * 7]
 
@@ -798,7 +799,7 @@ def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
     level = dict.fromkeys(suites.TABLE1, 50) | {"no clipping or penalty": -910}
     fake_results(tmp_path, "table1", level, suites.MUJOCO, (1, 2), lambda s, e, seed: level[s] + 10 * (seed - 1))
     fake_random(tmp_path, -40.0)
-    figure = figures.draw_table1(report.table1_data(report.Results(tmp_path)), plt)
+    figure = figures.draw_table1(report_table1.table1_data(report.Results(tmp_path)), plt)
     axis = figure.axes[0]
     assert axis.get_ylim()[0] == figures.TABLE1_BOTTOM
     (text,) = axis.texts
@@ -815,9 +816,9 @@ def test_modes_levels_and_collapse(tmp_path):
     fake_results(tmp_path, "collapse", [none], ["Walker2d"], range(4, 11), lambda s, e, seed: 200 if seed == 4 else 1500)
     r = report.Results(tmp_path)
     assert "| above 2400 | 2 of 10, 20% [6%, 51%] | 4000 to 4000 |" in report.table_modes(r)
-    assert "| Walker2d-v4 | ~3460 | 3000 |  | 3002 [3001, 3002] |  | 0, 2, 0 |" in report.table_levels(r)
+    assert "| Walker2d-v4 | ~3460 | 3000 |  | 3002 [3001, 3002] |  | 0, 2, 0 |" in report_table1.table_levels(r)
     row = "| observations normalized | Walker2d-v4 | 3 of 10, 30% [11%, 60%] | 4 of 10, 40% [17%, 69%] | 1500 (-100 to 1500) |"
-    assert row in report.table_collapse(r)
+    assert row in report_table1.table_collapse(r)
 
 
 def test_distance_from_the_paper(tmp_path):
@@ -829,12 +830,12 @@ def test_distance_from_the_paper(tmp_path):
     off = np.array(list(paper.values())) * (1 / top - 1)
     ten = off[[s != "no clipping or penalty" for s in paper]]
     rms = [f"{np.sqrt(np.mean(x**2)):.2f}" for x in (off, ten)]
-    text = report.table_distance(report.Results(tmp_path))
+    text = report_table1.table_distance(report.Results(tmp_path))
     assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
     assert "| as printed | initial | best setting |  |  |  |  |" in text
     assert f"Nearest over the eleven rows: as printed, uniform policy 0, best run 1 ({rms[0]})." in text
     fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
-    text = report.table_distance(report.Results(tmp_path))
+    text = report_table1.table_distance(report.Results(tmp_path))
     assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
 
 
@@ -927,7 +928,7 @@ def test_readme_tells_of_language_models_what_was_run(tmp_path):
     stages = {"stages": {"supervised_nats": 4.0, "reward_model_accuracy": 0.7}}
     on, off = course_of((0, 0.2, 0), (20, 0.6, 4)) | stages, course_of((0, 0.2, 0), (50, 0.5, 4), (80, 0.3, 6)) | stages
     assert report_rlhf.table_rlhf_told(report.Results(tmp_path)) == "Nothing was run yet.\n"
-    for setting, course in (("beta 0.07", on), ("beta 0", off)):
+    for setting, course in (("KL target 10", on), ("beta 0", off)):
         fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, args, lambda *_, c=course: c)
     text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
     assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
@@ -942,7 +943,7 @@ def test_effects_of_details_of_language_models(tmp_path):
     fake_results(tmp_path, "rlhf-human", ["beta 0.05"], ["human"], (1, 2), lambda *_: 0, course=lambda *_: on)
     fake_results(tmp_path, "rlhf-details", [off], ["human"], (1,), lambda *_: 0, course=lambda *_: changed)
     text = report_rlhf.table_rlhf_details(report.Results(tmp_path))
-    assert "| all on | 4.00 |  | 20.00 |  | 1.00 |  | 0.60 | 0.50 | 1, 2 |" in text
+    assert "| all on, beta 0.05 | 4.00 |  | 20.00 |  | 1.00 |  | 0.60 | 0.50 | 1, 2 |" in text
     assert f"| {off} | 3.00 | -1.00 | 30.00 | +10.00 | 1.00 | +0.00 | 0.50 | 0.50 | 1 |" in text  # no interval of a single seed
 
 

@@ -234,14 +234,14 @@ def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
 def test_rlhf_04_adaptive_coefficient():
     _, _, runner, _ = start(kl_target=6.0, kl_horizon=100.0)
     runner.control_kl(6.6)
-    assert runner.kl_coef == pytest.approx(0.07 * (1 + 0.1 * 8 / 100))
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100))
     runner.control_kl(600)
-    assert runner.kl_coef == pytest.approx(0.07 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100))
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100))
     runner.control_kl(0)
-    assert runner.kl_coef == pytest.approx(0.07 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100) * (1 - 0.2 * 8 / 100))
-    fixed = start()[2]
+    assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100) * (1 - 0.2 * 8 / 100))
+    fixed = start(kl_target=None)[2]
     fixed.control_kl(600)
-    assert fixed.kl_coef == 0.07
+    assert fixed.kl_coef == 0.05
 
 
 def test_rlhf_05_scores_are_normalized_on_the_reference():
