@@ -155,8 +155,8 @@ RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
         f"{count} comparisons": ("ppo_rlhf.py", "human", FIXED_005 | {"num_comparisons": count}) for count in (1600, 4800)
     },  # 16,000 are in rlhf-human, beta 0.05
 }
-# One detail of ppo_rlhf.py off at a time; the baseline is rlhf-human, beta 0.05: a beta that moved would hide effects. Models of
-# the stages come from the cache.
+# One detail of ppo_rlhf.py off at a time, beside rlhf-human, beta 0.05: a beta that moves would hide effects. The models of the
+# stages come from the cache.
 RLHF_DETAILS: dict[str, dict[str, Any]] = {
     "03 penalty by k3": {"kl_estimator": "k3"},
     "05 scores not normalized": {"norm_score": False},
