@@ -9,6 +9,7 @@ was not run stays empty. Intervals are 95% stratified bootstrap intervals over s
 
 import argparse
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -141,6 +142,25 @@ def table_discrete(r: Results) -> str:
         rows.append([setting, env, r.cell(*key), r.cell(*key, "return_over_training"), seeds_text(r.seeds(*key)), steps, given])
     head = ["setting", "task", "return, last 100 episodes", "return, all episodes", "seeds", "steps", "flags"]
     return markdown(head, rows) + r.footer("discrete")
+
+
+def table_objective(r: Results) -> str:
+    """Terms added to the loss of a shared network, one after the other."""
+    rows = []
+    for env, (full, _) in suites.OBJECTIVE_TASKS.items():
+        scores = [*(r.scores("objective", setting, env) for setting in suites.OBJECTIVE), r.scores("discrete", full, env)]
+        cells = [with_interval(x) if len(x) else "" for x in scores]
+        gaps = [difference(y, x) if len(x) and len(y) else "" for x, y in itertools.pairwise(scores)]
+        rows.append([env, *cells, *gaps, ", ".join(str(len(x)) for x in scores)])
+    head = [
+        "task",
+        *suites.OBJECTIVE,
+        "clip + value + entropy",
+        "what the value loss adds",
+        "what the entropy adds",
+        "runs of each",
+    ]
+    return markdown(head, rows) + r.footer("objective")
 
 
 def table_dm_control(r: Results) -> str:

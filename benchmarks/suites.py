@@ -128,11 +128,19 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "shared, unscaled rewards": ("CartPole-v1", {"norm_reward": False}, FIVE),
     "shared, unscaled rewards, c1 0.01": ("CartPole-v1", {"norm_reward": False, "vf_coef": 0.01}, FIVE),
     "separate, unscaled rewards": ("CartPole-v1", {"share_params": False, "norm_reward": False}, FIVE),
-    "Acrobot": ("Acrobot-v1", {}, SEEDS),
+    "Acrobot": ("Acrobot-v1", {}, FIVE),
     "no velocities, LSTM": ("CartPole-v1", HIDDEN | {"lstm": True}, SEEDS),
     "no velocities": ("CartPole-v1", HIDDEN, SEEDS),
-    "LunarLander": ("LunarLander-v3", LUNAR, SEEDS),
+    "LunarLander": ("LunarLander-v3", LUNAR, FIVE),
     "BipedalWalker, 7 bins": ("BipedalWalker-v3", BIPEDAL, SEEDS),
+}
+# Terms of the loss of a shared network taken away; with all three it is a setting of the suite discrete.
+OBJECTIVE: dict[str, dict[str, Any]] = {"clip": {"vf_coef": 0.0, "ent_coef": 0.0}, "clip + value": {"ent_coef": 0.0}}
+# task -> that setting, flags beyond the defaults
+OBJECTIVE_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CartPole-v1": ("shared", {}),
+    "Acrobot-v1": ("Acrobot", {}),
+    "LunarLander-v3": ("LunarLander", LUNAR),
 }
 
 EXACT = "benchmarks/exact.py"  # runs ppo_rlhf.py with another model and flags of its own
@@ -280,6 +288,13 @@ def make_suite(name: str) -> list[Run]:
             for seed in seeds
         ]
         return sorted(runs, key=lambda run: run.seed)
+    if name == "objective":
+        return [
+            Run(name, setting, "ppo_shared_params.py", env, seed, of_task | flags)
+            for seed in FIVE
+            for env, (_, of_task) in OBJECTIVE_TASKS.items()
+            for setting, flags in OBJECTIVE.items()
+        ]
     if name == "dm_control":
         return grid(name, default, DM_CONTROL, SEEDS)
     if name == "shared-mujoco":
@@ -306,7 +321,7 @@ def make_suite(name: str) -> list[Run]:
 
 SUITES = (
     *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
-    *("discrete", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
+    *("discrete", "objective", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
     *RLHF,
 )
 

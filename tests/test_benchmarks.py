@@ -414,7 +414,8 @@ def test_suites_have_the_sizes_of_the_paper():
     assert sizes["collapse"] == 2 * 17
     assert sizes["figure3"] == 3 * 7 * 3
     assert sizes["peer"] == 7 * 3
-    assert sizes["discrete"] == 5 * 5 + 5 * 3
+    assert sizes["discrete"] == 7 * 5 + 3 * 3
+    assert sizes["objective"] == 2 * 3 * 5
     assert sizes["table6"] == 49 * 3
     assert sizes["atari-short"] == 2 + 3 * 3
     assert sizes["details"] == 3 * 3 * len(suites.DETAILS)
