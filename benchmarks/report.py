@@ -32,6 +32,7 @@ from tables import Results, difference, markdown, seeds_text, share, with_extrem
 HERE = Path(__file__).resolve().parent
 ALGORITHMS = {"PPO": BASE, "TRPO": ("figure3", "TRPO"), "A2C": ("figure3", "A2C")}
 KL_SETTING = "adaptive KL 0.01"
+ATARI = ("table6", "bfloat16")
 ATARI_LABELS = {s: "float32" if s == "default" else s for _, s, *_ in suites.ATARI_SHORT}
 MODES = 2400.0  # return that parts the two kinds of runs on HalfCheetah
 
@@ -230,7 +231,7 @@ def table_atari_short(r: Results) -> str:
 def table_table6(r: Results) -> str:
     published, rows = {row["game"]: row for row in r.csv("ppo_paper_atari_table6.csv")}, []
     for game in suites.ATARI:
-        ours = [r.cell("table6", "default", game), seeds_text(r.seeds("table6", "default", game))]
+        ours = [r.cell(*ATARI, game), seeds_text(r.seeds(*ATARI, game))]
         rows.append([game, *ours, *(published[game][k] for k in ("ppo", "a2c", "acer"))])
     return markdown(["game", "ours", "seeds", "PPO, paper", "A2C, paper", "ACER, paper"], rows) + r.footer("table6")
 
@@ -240,16 +241,16 @@ def table_games_won(r: Results) -> str:
     published = pd.DataFrame(r.csv("ppo_paper_atari_table6.csv")).set_index("game").astype(float)
     levels = pd.DataFrame(r.csv("atari_human_random.csv")).set_index("game").loc[list(suites.ATARI), ["random", "human"]]
     low, high = levels.astype(float).to_numpy().T
-    games = [game for game in suites.ATARI if ("table6", "default", game) in r.groups]
+    games = [game for game in suites.ATARI if (*ATARI, game) in r.groups]
     wins = dict.fromkeys(("a2c", "acer", "ours", "tie"), 0)
     for game in games:
-        scores = published.loc[game, ["a2c", "acer"]].to_dict() | {"ours": float(r.scores("table6", "default", game).mean())}
+        scores = published.loc[game, ["a2c", "acer"]].to_dict() | {"ours": float(r.scores(*ATARI, game).mean())}
         best = [name for name, score in scores.items() if score == max(scores.values())]
         wins[best[0] if len(best) == 1 else "tie"] += 1
     paper = next(row for row in r.csv("table2.csv") if row["metric"] == "last 100 episodes")
     theirs = stats.normalize(published.loc[list(suites.ATARI), "ppo"].to_numpy()[None], low, high)
     rows = [["paper", *(paper[k] for k in ("a2c", "acer", "ppo", "tie")), "49", number(float(stats.median(theirs)))]]
-    matrix = r.matrix("table6", "default", suites.ATARI)
+    matrix = r.matrix(*ATARI, suites.ATARI)
     human = with_interval(stats.normalize(matrix, low, high), stats.median) if len(matrix) else ""
     ours = [str(n) if games else "" for n in (*wins.values(), len(games))]
     rows.append(["ours against the paper's A2C and ACER", *ours, human])
@@ -393,7 +394,7 @@ PLOTS: dict[str, tuple[str, Callable[[Results], dict], Callable]] = {
     "details": ("Effect of each detail", details_data, figures.draw_details),
     "atari_short": ("Learning curves on Atari without a GPU", curves_of(ATARI_LINES, ("Pong", "Breakout")), plot.draw_curves),
     "rlhf": ("Score and VADER against the KL to the reference", report_rlhf.rlhf_data, figures.draw_rlhf),
-    "atari": ("Learning curves on Atari", curves_of({"PPO": ("table6", "default")}, suites.ATARI), plot.draw_curves),
+    "atari": ("Learning curves on Atari", curves_of({"PPO": ATARI}, suites.ATARI), plot.draw_curves),
 }
 TABLES: dict[str, Callable[[Results], str]] = {
     name.removeprefix("table_"): function

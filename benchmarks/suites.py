@@ -313,7 +313,7 @@ def make_suite(name: str) -> list[Run]:
             runs += [Run(name, "KL target 10", "ppo_rlhf.py", "human", seed) for seed in (4, 5, 6)]
         return runs
     if name == "table6":
-        return grid(name, {"default": ("ppo_atari.py", {})}, ATARI, SEEDS)
+        return grid(name, {"bfloat16": ("ppo_atari.py", BFLOAT16)}, ATARI, SEEDS)
     if name == "details":
         return grid(name, {k: (CLIP, flags) for k, flags in DETAILS.items()}, DETAILS_TASKS, SEEDS)
     raise ValueError(name)

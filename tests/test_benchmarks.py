@@ -906,6 +906,16 @@ def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):
     assert "effect, mean over the tasks" in text
 
 
+def test_terms_of_the_objective_are_added_one_after_the_other(tmp_path):
+    levels = {"clip": 20, "clip + value": 300}
+    fake_results(tmp_path, "objective", levels, ["CartPole-v1"], (1, 2), lambda s, *_: levels[s])
+    fake_results(tmp_path, "discrete", ["shared"], ["CartPole-v1"], (1, 2, 3), lambda *_: 290)
+    text = report.table_objective(report.Results(tmp_path))
+    cells = "20.0 [20.0, 20.0] | 300 [300, 300] | 290 [290, 290] | 280 [280, 280] | -10.00 [-10.00, -10.00] | 2, 2, 3 |"
+    assert f"| CartPole-v1 | {cells}" in text
+    assert "| Acrobot-v1 |  |  |  |  |  | 0, 0, 0 |" in text
+
+
 def course_of(*points):
     """Evaluations of a language model, from (KL, VADER, score)."""
     rest = {"ended": 1.0, "length": 10.0, "distinct_2": 0.5}
@@ -959,7 +969,7 @@ def test_reward_models_are_told_once_per_seed(tmp_path):
 
 def test_games_won(tmp_path):
     published = {"Alien": 2000, "Amidar": 500, "Assault": 4653.8}  # more than both, between them, a tie with ACER
-    fake_results(tmp_path, "table6", ["default"], published, (1,), lambda s, game, seed: published[game])
+    fake_results(tmp_path, "table6", ["bfloat16"], published, (1,), lambda s, game, seed: published[game])
     text = report.table_games_won(report.Results(tmp_path))
     assert "| paper | 1 | 28 | 19 | 1 | 49 | 0.69 |" in text
     assert "| ours against the paper's A2C and ACER | 0 | 1 | 1 | 1 | 3 |  |" in text  # no median before all 49 are there
