@@ -198,8 +198,8 @@ class Args:
     # compile policy step and update with torch.compile (needs a C++ compiler on a CPU; CUDA graphs on a GPU)
     compile: bool = True
     device: str = "auto"  # device of network and rollout: cpu, cuda, cuda:1; auto: a GPU if there is one; they are untested
-    # of the trunk: float32 (TF32 on a GPU), or bfloat16, which scores alike so far (benchmarks/RESULTS.md); what it gains on
-    # this CPU stands above the flags
+    # of the trunk: float32 (TF32 on a GPU), or bfloat16, whose difference in score is not known (benchmarks/RESULTS.md);
+    # what it gains on this CPU stands above the flags
     precision: Literal["float32", "bfloat16"] = "float32"
     # CPU threads of each rank, at least 1, of torch and of envpool, which take turns; default: the cores there are
     num_threads: Cores = CORES
@@ -1000,7 +1000,7 @@ def describe_cpu() -> str:
     """What the CPU at hand can do for --precision bfloat16."""
     can, kernels = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
     unit = "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
-    gain = f"{unit}, with which --precision bfloat16 is about twice as fast" if unit else "no instructions for bfloat16"
+    gain = f"{unit}, with which --precision bfloat16 is 1.4 to 2.1 times as fast" if unit else "no instructions for bfloat16"
     return f"this CPU has {kernels} and {gain}"
 
 

@@ -4,7 +4,8 @@
     python ppo_rlhf.py --env my_module:score --data my_texts.txt --track
     python ppo_rlhf.py --evaluate runs/NAME
 
-The first command trains everything itself: a byte-level BPE, a small GPT, a reward model on real human ratings, then PPO.
+The first command trains everything itself, in about six minutes: a byte-level BPE, a small GPT, a reward model on real human
+ratings, then PPO. Only PPO is run anew where these are in ~/.cache/ppo_rlhf.
 
 Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
@@ -170,7 +171,8 @@ class Args:
     kl_coef: Weight = 0.05  # [rlhf 01] weight beta of the penalty for leaving the reference, at first; 0: off
     # [rlhf 03] penalty at a token: k1 is log(pi / ref); k3 is ref / pi - 1 - log(ref / pi), whose gradient is wrong here
     kl_estimator: Literal["k1", "k3"] = "k1"
-    kl_target: OptionalLimit = 10.0  # [rlhf 04] steer beta towards this KL of a response, nats; None: beta stays
+    # [rlhf 04] steer beta towards this KL of a response, nats; a short run may not come so far; None: beta stays
+    kl_target: OptionalLimit = 10.0
     kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above 0
     max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
     norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
@@ -682,6 +684,7 @@ class Rollout(NamedTuple):
     """N prompts, their responses and scores."""
 
     responses: Responses
+    raw: torch.Tensor  # (N,) scores as the reward gives them
     scores: torch.Tensor  # (N,) what is learned from: normalized, clipped, and that of --no-eos-score where there is no end
     ended: torch.Tensor  # (N,) bool: has an end token
     samples: list[Sample]  # the same as text
@@ -727,8 +730,8 @@ class Runner:
         if self.args.norm_score:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
-            scores = [sample.score for sample in self.respond(self.reference, rows, rng).samples]
-            self.score_mean, self.score_std = float(np.mean(scores)), float(np.std(scores)) or 1.0
+            raw = self.respond(self.reference, rows, rng).raw.numpy()
+            self.score_mean, self.score_std = float(raw.mean()), float(raw.std()) or 1.0
 
     def pick_prompts(self, iteration: int) -> list[list[int]]:
         """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
@@ -754,7 +757,7 @@ class Runner:
         if args.no_eos_score is not None:  # [rlhf 17]
             scores = torch.where(ended, scores, args.no_eos_score)
         samples = list(map(Sample, prompts, answers, normalized.tolist()))
-        return Rollout(responses, scores, ended, samples, [])
+        return Rollout(responses, raw, scores, ended, samples, [])
 
     def play(self, agent: Agent, iteration: int) -> Rollout:
         """One response to each of N prompts in each rank; every rank draws the numbers of all and takes its own [rlhf 31]."""
@@ -979,7 +982,7 @@ class Sentence(NamedTuple):
     votes: list[float]  # of people, on how positive it is; may be empty
 
 
-SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 16 to 20 votes a sentence
+SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 15 to 29 votes a sentence
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 CONTEXT = 128  # tokens that the GPT reads
 

@@ -283,7 +283,7 @@ def table_measured(r: Results) -> str:
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO, tuned for each task, minus PPO: ")
+        lines.append("TRPO, settings of rl-zoo, minus PPO: ")
         clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
         open_ = [f"{env} ({difference(*xy)})" for env, xy in known.items() if not told[env]]
         lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
@@ -327,12 +327,14 @@ def table_speed(r: Results) -> str:
     texts = []
     for name, (header, *measured) in r.speed.items():
         rates = speed_rates(measured)
-        first = rates.columns[0]
-        rows = [
-            [c, with_extremes(rates[c], 0), with_extremes(rates[first] / rates[c], 2), str(rates[c].count())] for c in rates
-        ]
+        rows = []
+        for contestant in rates:
+            ours = f"ours, {contestant.rpartition(', ')[2]}"  # with as many environments, where that was measured
+            ratios = rates[ours if ours in rates else rates.columns[0]] / rates[contestant]
+            cells = [with_extremes(rates[contestant], 0), with_extremes(ratios, 2), str(rates[contestant].count())]
+            rows.append([contestant, *cells])
         kind = f" ({header['cpu_kind']})" if "cpu_kind" in header else ""
-        head = [header["env"], "steps/s, median [min, max]", f"{first} / this", "alternations"]
+        head = [header["env"], "steps/s, median [min, max]", "ours / this", "alternations"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
         texts.append(
             f"[results/speed/{name}.jsonl](results/speed/{name}.jsonl)\n\n{markdown(head, rows)}\n"

@@ -7,6 +7,8 @@ import pandas as pd
 import suites
 from tables import Results, difference, markdown, seeds_text, share, with_interval
 
+OTHER_UNITS = ("05", "11", "14", "16", "20")  # details without which the score has another reward model or another unit
+
 
 def runs_of(r: Results, suite: str, setting: str) -> pd.DataFrame:
     """The runs of a setting by ascending seed; none where nothing was run."""
@@ -128,8 +130,8 @@ def table_rlhf_told(r: Results) -> str:
     told += f"{after['kl']} nats. The texts became more alike: distinct pairs of words fell from {before['distinct_2']} to "
     told += f"{after['distinct_2']} of all. Without the penalty ({len(fell)} seeds) the KL reached "
     told += f"{with_interval(free['kl'], form=form)} and VADER {with_interval(free['vader'], form=form)}, "
-    told += f"{with_interval(fell, form=form)} below its highest value; with the penalty minus without: "
-    told += f"{difference(ends['vader'][:, 1:], free['vader'], form)}."
+    told += f"{with_interval(fell, form=form)} below its highest value. Its VADER with the penalty minus that without is "
+    told += f"{difference(ends['vader'][:, 1:], free['vader'], form)} ({len(ends['vader'])} and {len(fell)} seeds)."
     if accuracy:
         agreed = with_interval(np.array(accuracy), form="{:.1%}".format)
         told += f" The reward models ({len(accuracy)} seeds) agree with people on {agreed} of unseen pairs."
@@ -148,11 +150,12 @@ def table_rlhf_details(r: Results) -> str:
             for x in measures:
                 ends = dict(zip(r.seeds(*key), (after for _, after in measured(r, *key, x)), strict=True))
                 gaps = [[ends[seed] - on[x][seed][1]] for seed in seeds]
-                told = with_interval(np.array(gaps), form="{:+.2f}".format) if key != all_on else ""
+                comparable = key != all_on and not (x == "score" and name[:2] in OTHER_UNITS)
+                told = with_interval(np.array(gaps), form="{:+.2f}".format) if comparable else ""
                 cells += [f"{np.mean([ends[seed] for seed in seeds]):.2f}", *([told] if x in measures[:3] else [])]
             rows.append([name, *cells, seeds_text(seeds)])
-    gap = "minus all on"
-    head = ["off", "score", gap, "KL", gap, "ended", gap, "VADER", "distinct pairs", "seeds"]
+    gap = "minus first row"
+    head = ["changed", "score", gap, "KL", gap, "ended", gap, "VADER", "distinct pairs", "seeds"]
     footer = r.footer("rlhf-details") if len(r.of("rlhf-details")) else "\nNo detail was switched off yet.\n"
     return markdown(head, rows) + footer
 

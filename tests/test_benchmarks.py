@@ -945,7 +945,8 @@ def test_readme_tells_of_language_models_what_was_run(tmp_path):
     assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
     assert "VADER, which it never saw, from 0.20 to 0.60 [0.60, 0.60], at a KL of 20.00 [20.00, 20.00] nats." in text
     assert "reached 80.00 [80.00, 80.00] and VADER 0.30 [0.30, 0.30], 0.20 [0.20, 0.20] below its highest value" in text
-    assert "minus without: 0.30 [0.30, 0.30]. The reward models (2 seeds) agree with people on 70.0% [70.0%, 70.0%]" in text
+    assert "minus that without is 0.30 [0.30, 0.30] (2 and 2 seeds). The reward models (2 seeds)" in text
+    assert "agree with people on 70.0% [70.0%, 70.0%]" in text
 
 
 def test_effects_of_details_of_language_models(tmp_path):

@@ -255,6 +255,9 @@ def test_rlhf_05_scores_are_normalized_on_the_reference():
     off = start(norm_score=False)[2]
     off.measure_scores()
     assert (off.score_mean, off.score_std) == (0, 1)
+    limited = start(score_clip=1e-3)[2]  # the limit is in the unit that is measured here
+    limited.measure_scores()
+    assert (limited.score_mean, limited.score_std) == (runner.score_mean, runner.score_std)
 
 
 def test_rlhf_06_rlhf_07_whitening_against_numpy():
