@@ -4,8 +4,8 @@
     python ppo_shared_params.py --env CartPole --lstm --observe 0 2
     python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
 
-CartPole 500 [500, 500], Acrobot -84.8 [-87.1, -83.2] after 500,000 steps: last 100 episodes, 5 and 3 seeds, half a minute.
-Rewards are scaled: the value loss of unscaled ones takes all of a shared trunk's clipped gradient. CartPole then reaches
+CartPole 500 [500, 500], Acrobot -84.2 [-85.9, -82.5] after 500,000 steps: last 100 episodes, 5 seeds each, half a minute.
+Rewards are scaled: the value loss of unscaled ones takes most of a shared trunk's clipped gradient. CartPole then reaches
 234 [219, 248], or 495 [488, 499] with --vf-coef 0.01 (5 seeds each). What is not about the networks and the actions is that of
 ppo_continuous.py.
 
