@@ -326,7 +326,11 @@ def test_no_two_stored_results_are_identical():
     seen = {}
     for file in STORED:
         result = result_files.read_result(file)
-        numbers = json.dumps([result["final"]["return_over_training"], result["curve"]["return"]])
+        returns, final = result["curve"]["return"], result["final"]
+        numbers = [final["return_over_training"], returns]
+        if len(set(returns)) == 1:  # Acrobot without a goal in 500,000 steps: its returns are no numbers of its own
+            numbers += [final["seconds"], final["sps"]]
+        numbers = json.dumps(numbers)
         assert numbers not in seen, (file.name, seen[numbers].name)
         seen[numbers] = file
     identities = [identity(result_files.read_result(file)["header"]) for file in STORED]
