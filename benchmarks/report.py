@@ -268,7 +268,8 @@ def table_measured(r: Results) -> str:
         lines[-1] += f" {above}, end above {MODES:.0f}."
     for suite, name in list(CONFIGURATIONS.items())[:2]:
         if scores := table1_scores(r, suite, "run"):
-            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}, n {len(scores[CLIP_02])}: clipping 0.2")
+            n = len(scores[CLIP_02])
+            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}, {n} seed{'s' * (n > 1)}: clipping 0.2")
             other = with_interval(table1_scores(r, suite, "setting")[CLIP_02])
             lines[-1] += f" {with_interval(scores[CLIP_02])} or {other} (two readings; paper: 0.82), no clipping or penalty"
             lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (-0.39)."
