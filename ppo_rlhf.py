@@ -138,8 +138,8 @@ class Args:
     # continue the run of this checkpoint or run directory, with its settings, bit-identically; --total-timesteps may be
     # changed with it, and annealing then runs to the new end
     resume: str = ""
-    evaluate: str = ""  # only evaluate this checkpoint or run directory, on prompts that were not trained on
-    eval_episodes: Episodes = 200  # prompts of an evaluation, which the training never sees; 0: no evaluation
+    evaluate: str = ""  # only evaluate this checkpoint or run directory, on prompts of held-out texts
+    eval_episodes: Episodes = 200  # prompts of an evaluation, from texts that are held out; 0: no evaluation
     eval_every: Count = 10  # iterations between evaluations in the course of training, at least 1
     eval_temperature: Positive = 1.0  # [rlhf 37] temperature of evaluation; 0.01: nearly the likeliest tokens
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline works)
@@ -1956,7 +1956,7 @@ def log_evaluation(wandb: Any, result: dict):
 
 
 def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
-    """Answers args.eval_episodes prompts that were not trained on, and writes args.run_dir/evaluation.json.
+    """Answers args.eval_episodes prompts of held-out texts, and writes args.run_dir/evaluation.json.
 
     Returns the measures of Runner.evaluate and of the stages, "returns", the score of each response, and "samples".
     closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.

@@ -115,7 +115,7 @@ def table_rlhf_overopt(r: Results) -> str:
 
 def table_rlhf_told(r: Results) -> str:
     """What the README says of language models."""
-    on, off = (("rlhf-human", setting, "human") for setting in ("KL target 10", "beta 0"))
+    on, off = (("rlhf-human", setting, "human") for setting in (suites.RLHF_DEFAULT, "beta 0"))
     if not (r.seeds(*on) and r.seeds(*off)):
         return "Nothing was run yet.\n"
     form = "{:.2f}".format
@@ -130,7 +130,7 @@ def table_rlhf_told(r: Results) -> str:
     told += f"{after['kl']} nats. The texts became more alike: distinct pairs of words fell from {before['distinct_2']} to "
     told += f"{after['distinct_2']} of all. Without the penalty ({len(fell)} seeds) the KL reached "
     told += f"{with_interval(free['kl'], form=form)} and VADER {with_interval(free['vader'], form=form)}, "
-    told += f"{with_interval(fell, form=form)} below its highest value. Its VADER with the penalty minus that without is "
+    told += f"{with_interval(fell, form=form)} below its highest value. VADER with the penalty minus that without is "
     told += f"{difference(ends['vader'][:, 1:], free['vader'], form)} ({len(ends['vader'])} and {len(fell)} seeds)."
     if accuracy:
         agreed = with_interval(np.array(accuracy), form="{:.1%}".format)
@@ -143,7 +143,7 @@ def table_rlhf_details(r: Results) -> str:
     all_on, measures = ("rlhf-human", "beta 0.05", "human"), ("score", "kl", "ended", "vader", "distinct_2")
     rows: list[list[str]] = []
     on = {x: dict(zip(r.seeds(*all_on), measured(r, *all_on, x), strict=True)) for x in measures if r.seeds(*all_on)}
-    keys = {"all on, beta 0.05": all_on, "04 KL target 10, the default": ("rlhf-human", "KL target 10", "human")}
+    keys = {"all on, beta 0.05": all_on, f"04 {suites.RLHF_DEFAULT}, the default": ("rlhf-human", suites.RLHF_DEFAULT, "human")}
     for name, key in (keys | {s: ("rlhf-details", s, "human") for s in suites.RLHF_DETAILS}).items():
         if on and (seeds := [seed for seed in r.seeds(*key) if seed in on["score"]]):
             cells = []

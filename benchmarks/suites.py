@@ -146,13 +146,14 @@ OBJECTIVE_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 EXACT = "benchmarks/exact.py"  # runs ppo_rlhf.py with another model and flags of its own
 # ppo_rlhf.py: suite -> setting -> script, reward, flags beyond the defaults.
 FEW_LABELS: dict[str, Any] = {"num_comparisons": 1700}
+RLHF_DEFAULT = "KL target 10"  # what the defaults are called
 FIXED: dict[str, Any] = {"kl_target": None, "kl_horizon": 10_000}  # beta stays as it is, and the horizon means nothing
 FIXED_005: dict[str, Any] = FIXED | {"kl_coef": 0.05}
 RLHF: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "rlhf-exact": {k: (EXACT, "exact:score", {"kl_estimator": k}) for k in ("k1", "k3")},
     "rlhf-sentiment": {"VADER, beta 0.02": ("ppo_rlhf.py", "vader", FIXED | {"kl_coef": 0.02})},
     "rlhf-human": {
-        "KL target 10": ("ppo_rlhf.py", "human", {}),
+        RLHF_DEFAULT: ("ppo_rlhf.py", "human", {}),
         **{f"beta {beta:g}": ("ppo_rlhf.py", "human", FIXED | {"kl_coef": beta}) for beta in (0.0, 0.05, 0.07, 0.1)},
     },
     "rlhf-overopt": {  # both with the same learning rate
@@ -310,7 +311,7 @@ def make_suite(name: str) -> list[Run]:
         planned = RLHF[name].items()
         runs = [Run(name, k, script, env, seed, flags) for seed in seeds for k, (script, env, flags) in planned]
         if name == "rlhf-human":  # the defaults get more seeds
-            runs += [Run(name, "KL target 10", "ppo_rlhf.py", "human", seed) for seed in (4, 5, 6)]
+            runs += [Run(name, RLHF_DEFAULT, "ppo_rlhf.py", "human", seed) for seed in (4, 5, 6)]
         return runs
     if name == "table6":
         return grid(name, {"bfloat16": ("ppo_atari.py", BFLOAT16)}, ATARI, SEEDS)
