@@ -226,6 +226,7 @@ class Args:
 
     def __post_init__(self):
         check_bounds(self)
+        check_ranks()
         if not self.run_dir:
             env = re.sub(r"[^\w.-]+", ".", self.env)
             now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
@@ -1073,6 +1074,14 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
+def check_ranks():
+    """UsageError unless the numbers of torchrun are such, where they are set."""
+    given = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
+    for name, number in given.items():
+        if not re.fullmatch(r"\d{1,9}", number) or (name == "WORLD_SIZE" and int(number) < 1):
+            raise UsageError(f"the environment variable {name} is {number!r}, which torchrun sets to a number: unset it")
+
+
 def write_atomically(file: Path, data: bytes):
     """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
     temporary = file.with_suffix(".tmp")
@@ -1346,7 +1355,11 @@ class RunOfRanks(Run):
 
     def __init__(self, args: Args):
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            try:
+                dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            except ValueError as error:  # WORLD_SIZE may be set by something else
+                ranks = f"WORLD_SIZE is {args.world_size}, as if torchrun had started this"
+                raise UsageError(f"{ranks}, but {error}: start it with torchrun, or unset WORLD_SIZE") from error
         if args.rank > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 reports
         super().__init__(args)

@@ -20,6 +20,7 @@ Map of this file, in the order in which it is read:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "numpy==2.4.6",
+#     "pip",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
 #     "tyro==1.0.17",
@@ -109,12 +110,13 @@ Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483
 Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
+Temperature = Annotated[float, ("be at least 1e-6", lambda x: x >= 1e-6), ("be finite", math.isfinite)]
 Whole = Annotated[int, ("be at least 0", lambda x: x >= 0), ("be at most 2147483647", lambda x: x < 2**31)]
 Steps = Annotated[int, ("be below 2**63", lambda x: x < 2**63)]
 Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.isfinite)]  # NaN is not above 0
 Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
 OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
-Number = Annotated[float | None, ("be finite, or None", lambda x: x is None or math.isfinite(x))]
+Number = Annotated[float | None, ("lie between -1e30 and 1e30, or be None", lambda x: x is None or abs(x) < 1e30)]
 Weight = Annotated[float, ("be finite and at least 0", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, ("lie between 0 and 1", lambda x: 0 <= x <= 1)]
 
@@ -141,7 +143,7 @@ class Args:
     evaluate: str = ""  # only evaluate this checkpoint or run directory, on prompts of held-out texts
     eval_episodes: Episodes = 200  # prompts of an evaluation, from texts that are held out; 0: no evaluation
     eval_every: Count = 10  # iterations between evaluations in the course of training, at least 1
-    eval_temperature: Positive = 1.0  # [rlhf 37] temperature of evaluation; 0.01: nearly the likeliest tokens
+    eval_temperature: Temperature = 1.0  # [rlhf 37] temperature of evaluation; 0.01: nearly the likeliest tokens
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline works)
     wandb_project_name: str = "ppo"  # project of --track
     wandb_entity: str | None = None  # team of --track
@@ -173,22 +175,24 @@ class Args:
     kl_estimator: Literal["k1", "k3"] = "k1"
     # [rlhf 04] steer beta towards this KL of a response, nats; a short run may not come so far; None: beta stays
     kl_target: OptionalLimit = 10.0
-    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above 0
+    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above a fifth of an iteration's
     max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
     norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
     score_clip: Limit = math.inf  # [rlhf 32] scores limited to +-this, above 0; inf: off
     no_eos_score: Number = -1.0  # [rlhf 17] score of a response without an end, in place of its own; None: its own
     whiten_rewards: bool = False  # [rlhf 06] rewards to deviation 1, mean kept
     stop_at_eos: bool = True  # [rlhf 16] [rlhf 18] a response ends at the end token; off: always num_steps tokens
-    temperature: Positive = 1.0  # [rlhf 20] of sampling and of every log-probability
-    # [rlhf 12] value function: a head on the policy, or a network of its own that starts as the reward model
+    temperature: Temperature = 1.0  # [rlhf 20] of sampling and of every log-probability
+    # [rlhf 12] value function: a head on the policy, or a network of its own that starts as the reward model, or where
+    # there is none as the reference
     value: Literal["head", "separate"] = "head"
     # [rlhf 11] [rlhf 13] heads begin at 0 (value) and at deviation 1 / sqrt(width + 1) (reward), or as in torch
     head_init: Literal["original", "torch"] = "original"
     reward_pool: Literal["last", "mean"] = "last"  # [rlhf 14] the reward model reads its end token, or the mean of all
     ptx_coef: Weight = 0.0  # [rlhf 33] weight of the supervised loss on texts in every update (PPO-ptx)
-    value_warmup: Whole = 0  # [rlhf 35] iterations at the start in which only the value function learns
-    micro_batch: Whole = 0  # [rlhf 27] responses per backward pass, to save memory; 0: the whole minibatch
+    # [rlhf 35] iterations at the start in which only the value function learns: its head, and a network of its own
+    value_warmup: Whole = 0
+    micro_batch: Whole = 0  # [rlhf 27] responses per pass of the networks, to save memory; 0: the whole minibatch
 
     # the stages before PPO
     vocabulary: Count = 2048  # tokens of the byte-level BPE
@@ -224,6 +228,7 @@ class Args:
 
     def __post_init__(self):
         check_bounds(self)
+        check_ranks()
         if not self.run_dir:
             env = re.sub(r"[^\w.-]+", ".", self.env)
             now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
@@ -237,6 +242,34 @@ class Args:
             raise UsageError(
                 f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps * ranks = "
                 f"{self.batch_size} steps: raise it or shorten the rollout"
+            )
+        if (
+            self.norm_adv != "none"
+            and self.num_steps * (self.num_envs if self.norm_adv == "batch" else self.minibatch_size) < 2
+        ):
+            raise UsageError(
+                f"norm_adv {self.norm_adv} makes the advantage of a single step 0: take fewer minibatches, or none"
+            )
+        least = self.num_envs * self.world_size / 5
+        if self.kl_target is not None and self.kl_coef and self.kl_horizon <= least:
+            raise UsageError(
+                f"kl_horizon is {self.kl_horizon}: it must be above {least}, a fifth of the responses of an iteration, or "
+                "the coefficient of the penalty could turn negative"
+            )
+        if self.value_warmup >= self.num_iterations:
+            raise UsageError(
+                f"value_warmup is {self.value_warmup}, but there are {self.num_iterations} iterations: the policy would "
+                "never learn"
+            )
+        self.check_models()
+
+    def check_models(self):
+        """UsageError where the flags of models, device and reward do not fit together."""
+        shortest = 2 if self.prompts else 8  # begin and a token; the longest of the texts' beginnings
+        if not self.model and shortest + self.num_steps > CONTEXT:
+            raise UsageError(
+                f"num_steps is {self.num_steps}: with a prompt of {shortest} tokens that is more than the {CONTEXT} that the "
+                "model reads"
             )
         if self.width % 32:
             raise UsageError(f"width is {self.width}: it must be a multiple of 32, the width of an attention head")
@@ -316,6 +349,8 @@ class Tokenizer:
         tokens: list[int] = []
         for word in self.words(text):
             if word not in self.known:
+                if len(self.known) == 100_000:  # a long run makes up new words all the time
+                    self.known.clear()
                 self.known[word] = self.encode_word(word)
             tokens += self.known[word]
         return tokens
@@ -477,6 +512,14 @@ class Agent(nn.Module):
         return Output(logprob, entropy, value)
 
 
+@torch.no_grad()
+def forward_in_parts(agent: Agent, tokens: torch.Tensor, mask: torch.Tensor, num_steps: int, size: int) -> Output:
+    """What agent says of the last num_steps of tokens (N, P + T), size rows at a time, without entropy."""
+    parts = zip(tokens.split(size or len(tokens)), mask.split(size or len(tokens)), strict=True)
+    outputs = [agent(*part, num_steps, with_entropy=False) for part in parts]  # [rlhf 27]
+    return Output(*(torch.cat(x) for x in zip(*outputs, strict=True)))
+
+
 class Responses(NamedTuple):
     """What generate returns."""
 
@@ -597,12 +640,14 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
     texts: tokens of the texts of --ptx-coef.
     """
     parameters = list(agent.parameters())
+    of_value = torch.cat([torch.full([p.numel()], not name.startswith("lm.")) for name, p in agent.named_parameters()])
+    of_value = of_value.to(args.device)
 
     def flat_gradient(loss: torch.Tensor) -> torch.Tensor:
         parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
-    def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor, warmup: torch.Tensor):
+    def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor):
         """Gradient of the mean over all tokens of the minibatch [rlhf 30], in however many parts it is computed."""
         size, total = args.micro_batch or len(minibatch.tokens), minibatch.valid.sum()
         gradient: Any = 0.0
@@ -610,9 +655,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         for i in range(0, len(minibatch.tokens), size):
             part = Batch(*(x[i : i + size] for x in minibatch))
             new, share = agent(part.tokens, part.mask, part.valid.shape[1]), part.valid.sum() / total  # [rlhf 27]
-            if warmup:  # [rlhf 35]
-                new = new._replace(logprob=new.logprob.detach())
-            if warmup or not args.ent_coef:  # a gradient of zeros would cost as much as one that counts
+            if not args.ent_coef:  # a gradient of zeros would cost as much as one that counts
                 new = new._replace(entropy=new.entropy.detach())
             loss, info = ppo_loss(new, part, clip_coef, args.vf_coef, args.ent_coef, args.clip_policy, args.clip_vloss)
             gradient = gradient + flat_gradient(share * loss)
@@ -623,15 +666,17 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         minibatch = Batch(*(x[mb_inds] for x in batch))
         if args.norm_adv == "minibatch":  # [rlhf 07]
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
-        gradient, info = compute_gradient(minibatch, clip_coef, warmup)
+        gradient, info = compute_gradient(minibatch, clip_coef)
         if args.world_size > 1:
             gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
-        if args.ptx_coef:  # [rlhf 33] every rank draws the texts of all and takes its own
+        if args.ptx_coef and not warmup:  # [rlhf 33] every rank draws the texts of all and takes its own
             n = len(mb_inds)
             drawn = torch.randint(len(texts), (n * args.world_size,))[args.rank * n : (args.rank + 1) * n].tolist()
             tokens, mask = pad_rows([texts[i] for i in drawn], False, args.device)
             supervised = flat_gradient(args.ptx_coef * language_loss(agent.lm, tokens, mask))
             gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
+        if warmup:  # [rlhf 35]
+            gradient = gradient * of_value
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         first_moment, second_moment, step = ([x] for x in adam)
@@ -673,6 +718,13 @@ class Models(NamedTuple):
     def describe(self) -> dict[str, str]:
         return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts and of the reference's parameters: what a run may not find changed."""
+        known = hashlib.sha256(json.dumps([self.prompts, self.held_out_prompts]).encode())
+        for parameter in self.lm.parameters():
+            known.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        return known.hexdigest()
+
 
 class Sample(NamedTuple):
     prompt: str
@@ -694,7 +746,7 @@ class Rollout(NamedTuple):
 class Runner:
     """The prompts, the reference, what scores the responses, and the penalty's coefficient."""
 
-    SAVED = ("global_step", "kl_coef", "score_mean", "score_std")
+    SAVED = ("global_step", "kl_coef", "kl", "score_mean", "score_std")
 
     def __init__(self, args: Args, models: Models):
         self.args, self.tokenizer = args, models.tokenizer
@@ -708,19 +760,26 @@ class Runner:
         self.score, self.vader = make_score(args, models), None if args.data or args.model else make_vader()
         # nobody asks for its values, so it needs no second network for them
         self.reference = make_agent(dataclasses.replace(args, value="head"), models).eval().requires_grad_(False)
-        self.global_step, self.kl_coef = 0, args.kl_coef
+        self.fingerprint = models.fingerprint()
+        self.global_step, self.kl_coef, self.kl = 0, args.kl_coef, 0.0  # the KL to the reference in the last iteration
         self.score_mean, self.score_std = 0.0, 1.0
         self.recent_returns = deque[float](maxlen=100)
 
     def state_dict(self) -> dict:
         """What survives an iteration. All random numbers are drawn anew from (seed, iteration)."""
-        state = {name: getattr(self, name) for name in self.SAVED}
-        return state | {"recent_returns": list(self.recent_returns), "world_size": self.args.world_size}
+        state: dict[str, Any] = {name: getattr(self, name) for name in self.SAVED}
+        state |= {"recent_returns": list(self.recent_returns), "world_size": self.args.world_size}
+        return state | {"reference": self.fingerprint}
 
     def load_state_dict(self, state: dict):
         if state["world_size"] != self.args.world_size and not self.args.evaluate:
             ranks = f"the run has {state['world_size']} rank(s), not {self.args.world_size}"
             raise UsageError(f"{ranks}: resume it with as many")
+        if state["reference"] != self.fingerprint:
+            raise UsageError("the run began with another model or other prompts than are there now: it needs the old ones")
+        if not (state["score_std"] > 0 and state["kl_coef"] >= 0):
+            damage = f"score_std is {state['score_std']}, kl_coef is {state['kl_coef']}"
+            raise UsageError(f"the checkpoint is damaged: {damage}")
         for name in self.SAVED:
             setattr(self, name, state[name])
         self.recent_returns.extend(state["recent_returns"])
@@ -731,7 +790,9 @@ class Runner:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
             raw = self.respond(self.reference, rows, rng).raw.numpy()
-            self.score_mean, self.score_std = float(raw.mean()), float(raw.std()) or 1.0
+            self.score_mean, self.score_std = float(raw.mean()), float(raw.std())
+            if self.score_std <= 1e-9 * abs(self.score_mean):  # all scores are equal, but for rounding
+                self.score_std = 1.0
 
     def pick_prompts(self, iteration: int) -> list[list[int]]:
         """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
@@ -749,8 +810,8 @@ class Runner:
         P = responses.tokens.shape[1] - responses.valid.shape[1]
         tokens, lengths = responses.tokens[:, P:], responses.valid.sum(1).tolist()
         ended = ((tokens == agent.lm.eos) & responses.valid).any(1)
-        answers = [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
-        prompts = [self.tokenizer.decode(row) for row in rows[mine]]
+        answered = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        prompts, answers = map(list, zip(*map(self.decode, rows[mine], answered), strict=True))
         raw = torch.tensor(call_score(args.reward_model or args.env, self.score, prompts, answers), dtype=torch.float64)
         normalized = ((raw - self.score_mean) / self.score_std).clamp(-args.score_clip, args.score_clip)  # [rlhf 05] [rlhf 32]
         scores = normalized.float().to(args.device)
@@ -759,12 +820,24 @@ class Runner:
         samples = list(map(Sample, prompts, answers, normalized.tolist()))
         return Rollout(responses, raw, scores, ended, samples, [])
 
+    def decode(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
+        """Texts of a prompt and of what follows it; together they are the text of both.
+
+        A space or a part of a letter at the joint may be lost where each is decoded alone.
+        """
+        whole, before = self.tokenizer.decode(prompt + answer), self.tokenizer.decode(prompt)
+        if not whole.startswith(before):  # it ends within a letter of several bytes
+            before = before.rstrip("\ufffd")
+        return (before, whole[len(before) :]) if whole.startswith(before) else (before, self.tokenizer.decode(answer))
+
     def play(self, agent: Agent, iteration: int) -> Rollout:
         """One response to each of N prompts in each rank; every rank draws the numbers of all and takes its own [rlhf 31]."""
         args, N = self.args, self.args.num_envs
         rng = np.random.default_rng([args.seed, 2, iteration])
-        torch.manual_seed(int(rng.integers(2**31)))  # for the order of the minibatches
-        rollout = self.respond(agent, self.pick_prompts(iteration), rng, slice(args.rank * N, (args.rank + 1) * N))
+        seed = int(rng.integers(2**31))
+        mine = slice(args.rank * N, (args.rank + 1) * N)
+        rollout = in_all_ranks(args, lambda: self.respond(agent, self.pick_prompts(iteration), rng, mine))
+        torch.manual_seed(seed)  # for the order of the minibatches, whatever the reward has drawn
         self.global_step += args.batch_size
         lengths = rollout.responses.valid.sum(1).tolist()
         episodes = [(self.global_step, sample.score, n) for sample, n in zip(rollout.samples, lengths, strict=True)]
@@ -775,24 +848,30 @@ class Runner:
         self.recent_returns.extend(score for _, score, _ in episodes)
         return rollout._replace(episodes=episodes)
 
-    def control_kl(self, kl: float):
+    def control_kl(self, kl: float, warmup: bool):
         """Moves the coefficient of the penalty towards a KL of kl_target (Ziegler et al. 2019) [rlhf 04]."""
-        if self.args.kl_target is not None:
+        self.kl = kl
+        if self.args.kl_target is not None and not warmup:
             error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * self.args.num_envs * self.args.world_size / self.args.kl_horizon
+
+    def has_gone_too_far(self) -> bool:
+        """Whether the run ends at --max-kl [rlhf 34]."""
+        return self.args.max_kl is not None and self.kl > self.args.max_kl
 
     @torch.no_grad()
     def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[Sample]]:
         """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
-        temperature, agent.temperature = agent.temperature, agent.temperature * self.args.eval_temperature
+        sampler = copy.copy(agent)  # with the same networks
+        sampler.temperature = agent.temperature * self.args.eval_temperature
         rollouts = [
-            self.respond(agent, self.held_out[i : i + 256], np.random.default_rng([self.args.seed, 3, i]))
+            self.respond(sampler, self.held_out[i : i + 256], np.random.default_rng([self.args.seed, 3, i]))
             for i in range(0, len(self.held_out), 256)
         ]
-        agent.temperature = temperature  # the KL is that of the policy itself
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for tokens, mask, valid, _ in (rollout.responses for rollout in rollouts):
-            new, old = (x(tokens, mask, valid.shape[1]).logprob * valid for x in (agent, self.reference))
+            size, T = self.args.micro_batch, valid.shape[1]
+            new, old = (forward_in_parts(x, tokens, mask, T, size).logprob * valid for x in (sampler, self.reference))
             sums["kl"] += (new - old).sum().item()
             sums["kl_k3"] += (((old - new).exp() - 1 - (old - new)) * valid).sum().item()
             sums["nll"] -= old.sum().item()
@@ -800,7 +879,7 @@ class Runner:
         samples, N = [sample for rollout in rollouts for sample in rollout.samples], len(self.held_out)
         result = {
             "score": float(np.mean([sample.score for sample in samples])),
-            "kl": sums["kl"] / N,  # of a response, nats; mean of log(pi / ref)
+            "kl": sums["kl"] / N,  # of a response, nats; mean of log(pi / ref), where pi is what the responses come from
             "kl_k3": sums["kl_k3"] / N,  # the same with less variance
             "reference_nll": sums["nll"] / sums["tokens"],  # of a token, nats
             "ended": float(torch.cat([rollout.ended for rollout in rollouts]).float().mean()),
@@ -811,6 +890,23 @@ class Runner:
             prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
             result["vader"] = float(np.mean(self.vader(prompts, responses)))
         return result, samples
+
+
+def in_all_ranks(args: Args, make: Callable[[], Rollout]) -> Rollout:
+    """What make() returns; what a reward raises in one rank is raised in all, which would wait for that one."""
+    if args.world_size == 1:
+        return make()
+    failures: list = [None] * args.world_size
+    made = failure = None
+    try:
+        made = make()
+    except (UsageError, NonFiniteError) as error:
+        failure = error
+    dist.all_gather_object(failures, failure)
+    for first in filter(None, failures):
+        raise first
+    assert made is not None
+    return made
 
 
 def distinct_pairs(texts: list[str]) -> float:
@@ -831,8 +927,7 @@ def make_batch(agent: Agent, rollout: Rollout, runner: Runner) -> tuple[Batch, d
     args, (tokens, mask, valid, sampled) = runner.args, rollout.responses
     valid = valid.float()
     # [rlhf 23] by the same pass as in the update, so that ratios begin at 1
-    old = agent(tokens, mask, valid.shape[1], with_entropy=False)
-    reference = runner.reference(tokens, mask, valid.shape[1], with_entropy=False)
+    old, reference = (forward_in_parts(x, tokens, mask, valid.shape[1], args.micro_batch) for x in (agent, runner.reference))
     logratio = (old.logprob - reference.logprob) * valid
     k3 = (-logratio).exp() - 1 + logratio
     penalty = runner.kl_coef * (logratio if args.kl_estimator == "k1" else k3)  # [rlhf 03]
@@ -896,7 +991,7 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
 
 def make_agent(args: Args, models: Models) -> Agent:
     """The policy as it begins, equal to the reference, with its value function."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     value_lm = None
     if args.value == "separate":  # [rlhf 12]
         value_lm = copy.deepcopy(models.reward_model.lm if models.reward_model else models.lm)
@@ -950,22 +1045,25 @@ def train(args: Args) -> dict:
             remaining = 1 - (iteration - 1) / args.num_iterations
             learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # [rlhf 25]
 
+            if runner.has_gone_too_far():  # [rlhf 34]
+                say(f"max_kl: the KL to the reference is {runner.kl:.1f}, so the run ends after iteration {iteration - 1}")
+                break
             rollout = runner.play(agent, iteration)
             batch, measures = make_batch(agent, rollout, runner)
             warmup = iteration <= args.value_warmup
+            if iteration == args.value_warmup + 1:  # [rlhf 35] moments and their step count begin with the policy
+                for x in adam:
+                    x.zero_()
             losses, epochs = learn(update, theta, adam, batch, (learning_rate, args.clip_coef, warmup), args)
 
             charts = {"learning_rate": learning_rate, "epochs": epochs, "kl_coef": runner.kl_coef, **measures}
-            runner.control_kl(measures["kl"])
+            runner.control_kl(measures["kl"], warmup)
             run.log(iteration, runner, charts, losses, rollout.episodes)
-            too_far = args.max_kl is not None and measures["kl"] > args.max_kl  # [rlhf 34]
-            if iteration % args.eval_every == 0 or iteration == args.num_iterations or too_far:
+            last = iteration == args.num_iterations or runner.has_gone_too_far()
+            if last or iteration % args.eval_every == 0:
                 run.evaluate(iteration, runner, agent)
-            if run.is_checkpoint_due(iteration) or too_far:
+            if run.is_checkpoint_due(iteration) or last:
                 run.save(iteration, state_dict())
-            if too_far:
-                say(f"max_kl: the KL to the reference is {measures['kl']:.1f}, so the run ends after iteration {iteration}")
-                break
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(*error.args, run.how_to_go_on(runner.global_step)) from None
     except UsageError as error:  # of the reward
@@ -985,6 +1083,7 @@ class Sentence(NamedTuple):
 SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 15 to 29 votes a sentence
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 CONTEXT = 128  # tokens that the GPT reads
+SECTIONS = re.split(r"\n# -{80,}\n", Path(__file__).read_text(encoding="utf-8"))  # of this file: an edit trains anew
 
 
 def progress(items, name: str) -> Iterator:
@@ -1006,7 +1105,11 @@ def open_cache(entry: str) -> Iterator[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     lock = os.open(cache / f"{entry}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training what this one needs
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process, which is making {cache / entry}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield cache
     finally:
         os.close(lock)
@@ -1051,7 +1154,8 @@ def make_vader() -> Score:
 
 def read_lines(path: str, flag: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        # a text may hold characters at which splitlines would cut; a byte order mark is no text
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path} is not UTF-8: byte {error.start}") from error
     except OSError as error:
@@ -1090,21 +1194,22 @@ def load_sentences(args: Args) -> list[Sentence]:
     return [Sentence(" ".join(text.split()), votes) for text, votes in films + products]
 
 
-def train_supervised(args: Args, texts: list[str], unseen: list[str]) -> dict:
+def train_supervised(args: argparse.Namespace, texts: list[str], unseen: list[str]) -> dict:
     """A tokenizer, and the GPT that predicts the next token of the texts; its loss on unseen ones, in nats a token."""
     tokenizer = Tokenizer.train(texts, args.vocabulary)
     rows, unseen_rows = ([frame(tokenizer, text) for text in part] for part in (texts, unseen))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     lm = GPT(len(tokenizer.bytes), args.width, args.layers, CONTEXT).to(args.device)
-    batches = []
-    for _ in range(args.sft_epochs):  # texts of about the same length are read together
-        order = sorted(torch.randperm(len(rows)).tolist(), key=lambda i: len(rows[i]))
-        epoch = [[rows[i] for i in order[start : start + 32]] for start in range(0, len(order), 32)]
-        batches += [epoch[i] for i in torch.randperm(len(epoch)).tolist()]
+    per_epoch = math.ceil(len(rows) / 32)
+    steps, batches = args.sft_epochs * per_epoch, list[list[list[int]]]()
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    for step, batch in enumerate(progress(batches, "supervised model")):
-        loss = language_loss(lm, *pad_rows(batch, False, args.device))
-        step_optimizer(optimizer, loss, 3e-3 * min(1, (step + 1) / 100) * (1 - step / len(batches)))
+    for step in progress(range(steps), "supervised model"):
+        if not batches:  # a new epoch; texts of about the same length are read together
+            order = sorted(torch.randperm(len(rows)).tolist(), key=lambda i: len(rows[i]))
+            epoch = [[rows[i] for i in order[start : start + 32]] for start in range(0, len(order), 32)]
+            batches = [epoch[i] for i in torch.randperm(per_epoch).tolist()][::-1]
+        loss = language_loss(lm, *pad_rows(batches.pop(), False, args.device))
+        step_optimizer(optimizer, loss, 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps))
     with torch.no_grad():
         losses = [language_loss(lm, *pad_rows([row], False, args.device), "sum").item() for row in unseen_rows]
     nats = sum(losses) / sum(len(row) - 1 for row in unseen_rows)
@@ -1168,9 +1273,9 @@ def compare_by_people(sentences: list[Sentence], count: int, rng: np.random.Gene
     return pairs
 
 
-def compare_by_vader(args: Args, models: Models, rng: np.random.Generator) -> list[tuple[str, str]]:
+def compare_by_vader(args: argparse.Namespace, models: Models, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Pairs (better, worse) of responses of the reference to the same prompt, as VADER says; ties are dropped."""
-    agent, vader, tokenizer = make_agent(args, models), make_vader(), models.tokenizer
+    agent, vader, tokenizer = Agent(models.lm, 1.0).to(args.device), make_vader(), models.tokenizer
     pairs: list[tuple[str, str]] = []
     while len(pairs) < args.num_comparisons:
         rows = [models.prompts[i] for i in rng.integers(len(models.prompts), size=128).repeat(2)]
@@ -1187,11 +1292,13 @@ def compare_by_vader(args: Args, models: Models, rng: np.random.Generator) -> li
     return pairs[: args.num_comparisons]
 
 
-def train_reward_model(args: Args, models: Models, texts: list[Sentence], unseen: list[Sentence], rng: Any) -> dict:
+def train_reward_model(
+    args: argparse.Namespace, models: Models, texts: list[Sentence], unseen: list[Sentence], rng: np.random.Generator
+) -> dict:
     """One pass over pairs (better, worse): the loss is -log sigmoid(r(better) - r(worse)) (Bradley & Terry 1952)."""
     human = args.env == "human"
     pairs = compare_by_people(texts, args.num_comparisons, rng) if human else compare_by_vader(args, models, rng)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     model = RewardModel(copy.deepcopy(models.lm), args.reward_pool, args.head_init).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     for start in progress(range(0, len(pairs), 64), "reward model"):
@@ -1202,24 +1309,37 @@ def train_reward_model(args: Args, models: Models, texts: list[Sentence], unseen
     rated = [s for s in unseen if s.votes]
     scores_of_rated = model.score([frame(models.tokenizer, s.text) for s in rated])
     accuracy = agreement(scores_of_rated, [float(np.mean(s.votes)) for s in rated])
-    return {"reward_model": model.state_dict(), "facts": {"reward_model_accuracy": accuracy}}
+    facts = {} if accuracy is None else {"reward_model_accuracy": accuracy}
+    return {"reward_model": model.state_dict(), "facts": facts}
 
 
-def agreement(scores: list[float], truth: list[float]) -> float:
-    """Share of pairs that both put in the same order; pairs of equal truth are left out."""
-    a, b = np.asarray(scores), np.asarray(truth)
-    same, known = np.sign(a[:, None] - a) == np.sign(b[:, None] - b), b[:, None] != b
-    return float((same & known).sum() / max(known.sum(), 1))
+def agreement(scores: list[float], truth: list[float]) -> float | None:
+    """Share of pairs that both put in the same order; pairs of equal truth are left out. None where there are no others."""
+    a, b, same, known = np.asarray(scores), np.asarray(truth), 0, 0
+    for score, true in zip(a, b, strict=True):
+        other = b != true
+        known += int(other.sum())
+        same += int((other & (np.sign(score - a) == np.sign(true - b))).sum())
+    return same / known if known else None
 
 
-def keep(settings: list, code: list, make: Callable[[], dict]) -> dict:
-    """What make() returns, from the cache where the same code has made it of the same settings before."""
-    key = hashlib.sha256(json.dumps([*settings, torch.__version__, *map(inspect.getsource, code)]).encode()).hexdigest()[:16]
+def keep(stage: argparse.Namespace, made_of: list, sections: list[str], make: Callable[[], dict]) -> dict:
+    """What make() returns, from the cache where the same code has made it of the same before.
+
+    stage: all settings that the code reads; made_of: what it reads besides; sections: headings of this file with the code.
+    """
+    code = [part for part in SECTIONS if part.startswith(tuple(f"# {section}" for section in sections))]
+    known = json.dumps([vars(stage), made_of, torch.__version__, code])
+    key = hashlib.sha256(known.encode()).hexdigest()[:16]
     with open_cache(key) as cache:
         file = cache / f"{key}.pt"
         if not file.is_file():
             write_tensors(make(), file)
-        return read_tensors(file)
+        try:
+            state = read_tensors(file)
+            return state | {"facts": {**state["facts"]}}
+        except (UsageError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} is damaged: delete it") from error
 
 
 def load_models(args: Args) -> Models:
@@ -1230,7 +1350,7 @@ def load_models(args: Args) -> Models:
     if file.is_file():
         try:
             return unpack_models(args, read_tensors(file))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{file} is damaged or of another run ({type(error).__name__})") from error
     if ":" in args.env:
         load_function(args.env)  # fails now, not after the stages
@@ -1241,9 +1361,10 @@ def load_models(args: Args) -> Models:
     if not rest:
         raise UsageError("data needs at least two texts")
 
-    settings = [sentences, args.seed, args.device, args.vocabulary, args.width, args.layers, args.sft_epochs]
-    code = [Tokenizer, Block, GPT, train_supervised]  # an edit of them trains anew
-    state = keep(settings, code, lambda: train_supervised(args, [s.text for s in rest], [s.text for s in held]))
+    # a stage knows the settings that are named here and no others, for the cache goes by them and by the code
+    names, sections = ["seed", "device", "vocabulary", "width", "layers", "sft_epochs"], ["Language model", "Stages"]
+    stage = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    state = keep(stage, sentences, sections, lambda: train_supervised(stage, [s.text for s in rest], [s.text for s in held]))
     say(f"supervised model: {state['facts']['supervised_nats']:.2f} nats a token on {len(held)} unseen texts")
 
     tokenizer, rng = Tokenizer(state["merges"]), np.random.default_rng([args.seed, 4])
@@ -1253,15 +1374,23 @@ def load_models(args: Args) -> Models:
     if not prompts:
         raise UsageError("the texts are too short to take prompts from them: give --prompts FILE")
     texts = [frame(tokenizer, s.text) for s in rest]
-    state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out or prompts}
+    if not held_out:
+        prompts, held_out = hold_out(prompts)
+    state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out}
     models = unpack_models(args, state)
     if args.reward_model or args.env not in ("human", "labels"):
         return models
 
-    settings += [args.env, args.num_comparisons, args.head_init, args.reward_pool, prompts, args.num_steps]
-    code += [RewardModel, train_reward_model, compare_by_people, compare_by_vader]
-    trained = keep(settings, code, lambda: train_reward_model(args, models, rest, held, rng))
-    say(f"reward model: agrees with people on {trained['facts']['reward_model_accuracy']:.1%} of pairs of unseen texts")
+    names += ["env", "num_comparisons", "head_init", "reward_pool", "num_steps"]
+    if args.env == "labels":  # of samples
+        sections.append("PPO")
+    stage = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    trained = keep(stage, [sentences, prompts], sections, lambda: train_reward_model(stage, models, rest, held, rng))
+    accuracy = trained["facts"].get("reward_model_accuracy")
+    agrees = "no two unseen texts have different ratings to test it with"
+    if accuracy is not None:
+        agrees = f"agrees with people on {accuracy:.1%} of pairs of unseen texts"
+    say(f"reward model: {agrees}")
     return unpack_models(args, state | trained | {"facts": state["facts"] | trained["facts"]})
 
 
@@ -1272,9 +1401,14 @@ def take_prompts(tokenizer: Tokenizer, sentences: list[Sentence], rng: np.random
 
 
 def hold_out(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts for training, and the first 18th for evaluation; of fewer than 18 all for both."""
-    count = len(prompts) // 18
-    return prompts[count:], prompts[:count] or prompts
+    """Prompts for training, and the first 18th for evaluation, which is then left out of training; of few all for both."""
+    held_out = prompts[: len(prompts) // 18]
+    known = set(map(tuple, held_out))
+    rest = [prompt for prompt in prompts if tuple(prompt) not in known]
+    if held_out and rest:
+        return rest, held_out
+    say("warning: there are too few different prompts to hold some out, so evaluations answer those of the training")
+    return prompts, prompts
 
 
 def pack_models(models: Models) -> dict:
@@ -1294,7 +1428,7 @@ def read_tensors(file: Path) -> dict:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UsageError(f"{file} is damaged ({type(error).__name__}): delete it") from error
+        raise UsageError(f"{file} is damaged ({type(error).__name__})") from error
 
 
 def unpack_models(args: Args, state: dict) -> Models:
@@ -1305,8 +1439,11 @@ def unpack_models(args: Args, state: dict) -> Models:
         reward_model = RewardModel(copy.deepcopy(lm), args.reward_pool, args.head_init)
         reward_model.load_state_dict(state["reward_model"])
         reward_model.to(args.device).requires_grad_(False)
-    rest = (state[name] for name in ("texts", "prompts", "held_out_prompts", "facts"))
-    return Models(tokenizer, lm.to(args.device), reward_model, *rest)
+    texts, prompts, held_out = (state[name] for name in ("texts", "prompts", "held_out_prompts"))
+    for token in itertools.chain(*texts, *prompts, *held_out):
+        if not (isinstance(token, int) and 0 <= token < lm.vocabulary):
+            raise ValueError(f"{token} is no token")
+    return Models(tokenizer, lm.to(args.device), reward_model, texts, prompts, held_out, dict(state["facts"]))
 
 
 class Pretrained(nn.Module):
@@ -1316,9 +1453,10 @@ class Pretrained(nn.Module):
         super().__init__()
         self.lm, self.eos = lm.eval(), eos  # no dropout, here neither [rlhf 22]
         self.vocabulary, self.width = lm.get_output_embeddings().weight.shape
-        self.context = lm.config.max_position_embeddings
-        known = inspect.signature(lm.base_model.forward).parameters
-        self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+        config = lm.config  # MPT has another name; Bloom's positions have no end
+        self.context: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", sys.maxsize)
+        self.known = set(inspect.signature(lm.base_model.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.known else "past_key_values"  # before transformers 5.24
 
     def make_cache(self, rows: int, length: int) -> Any:
         import transformers
@@ -1330,7 +1468,9 @@ class Pretrained(nn.Module):
 
     def hidden(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
-        options = {"position_ids": positions, self.cache_name: cache, "use_cache": cache is not None}
+        options = {self.cache_name: cache, "use_cache": cache is not None}
+        if "position_ids" in self.known:  # else it reads them off the mask, which check finds out
+            options["position_ids"] = positions
         return self.lm.base_model(input_ids=tokens, attention_mask=mask.long(), **options).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -1339,7 +1479,7 @@ class Pretrained(nn.Module):
     @torch.no_grad()
     def check(self, name: str):
         """UsageError unless padding on the left, the cache and the way to the logits leave the model's logits as they are."""
-        rows = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
+        rows = [[token % self.vocabulary for token in row] for row in ([3, 4, 5, 6, 7, 8], [9, 10, 11])]
         tokens, mask = pad_rows(rows, True)
         cache = self.make_cache(2, 6)
         parts = [self.hidden(tokens[:, a:b], mask[:, :b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
@@ -1359,7 +1499,9 @@ class PretrainedTokenizer:
         self.tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        """Without the end token that some tokenizers add: what follows it would be another text."""
+        tokens = self.tokenizer(text)["input_ids"]
+        return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -1396,13 +1538,22 @@ def load_pretrained(args: Args) -> Models:
             f"warning: the tokenizer of {args.model} pads with its end token: if whoever tuned the model left out padding, "
             "it never learned to end a response; watch charts/ended"
         )
-    model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
-    model.check(args.model)
+    try:
+        model, tokenizer = Pretrained(lm, own.eos_token_id), PretrainedTokenizer(own)
+        model.check(args.model)
+    except UsageError:
+        raise
+    except Exception as error:  # of an architecture that works in other ways: any kind
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"this script cannot train the model {args.model} ({textwrap.shorten(told, 200)})") from error
     prompts = [tokenizer.encode(line) for line in lines]
     for line, tokens in zip(lines, prompts, strict=True):
         if not tokens:
             raise UsageError(f"prompts {args.prompts}: the tokenizer of {args.model} makes no token of {line[:40]!r}")
     rows = [[*tokenizer.encode(text)[: model.context - 1], model.eos] for text in texts]
+    largest = max(model.eos, *map(max, prompts + rows))
+    if largest >= model.vocabulary:
+        raise UsageError(f"the tokenizer of {args.model} has a token {largest}, but the model has {model.vocabulary} tokens")
     return Models(tokenizer, model.to(args.device), None, rows, *hold_out(prompts), {})
 
 
@@ -1434,12 +1585,22 @@ def load_function(name: str) -> Score:
         sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # of the user's code: any kind
-        raise UsageError(f"cannot load the reward function {name}: {error!r}") from error
+        with torch.set_grad_enabled(True):  # what it sets itself ends here
+            found = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # of the user's code: any kind
+        raise UsageError(f"cannot load the reward function {name}: {brief(error)}") from error
     if not callable(found):
-        raise UsageError(f"the reward function {name} is no function: {found!r}")
+        raise UsageError(f"the reward function {name} is no function: {brief(found)}")
     return found
+
+
+def brief(thing: Any) -> str:
+    """What an object of the user's calls itself, on one short line."""
+    try:
+        told = " ".join(repr(thing).split())
+        return told if len(told) <= 200 else told[:200] + " ..."
+    except Exception:  # its repr fails, as that of a number of 5,000 digits does
+        return f"something of the type {type(thing).__name__}"
 
 
 def make_score(args: Args, models: Models) -> Score:
@@ -1457,15 +1618,17 @@ def make_score(args: Args, models: Models) -> Score:
 def call_score(name: str, score: Score, prompts: list[str], responses: list[str]) -> list[float]:
     """Scores of responses; UsageError or NonFiniteError unless there is one finite number for each."""
     try:
-        scores = score(prompts, responses)
-    except Exception as error:  # of the user's code: any kind
-        raise UsageError(f"the reward {name} raised {error!r}") from error
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # what it sets itself ends here
+            scores = score([*prompts], [*responses])  # copies: it may change them
+            scores = list(scores) if isinstance(scores, Iterator) else scores
+    except (Exception, SystemExit) as error:  # of the user's code: any kind
+        raise UsageError(f"the reward {name} raised {brief(error)}") from error
     try:
-        if isinstance(scores, dict | str | bytes):  # their parts may look like numbers
+        if isinstance(scores, dict | str | bytes | set | frozenset):  # their parts may look like numbers in an order
             raise TypeError
         numbers = [float(number) for number in scores]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the reward {name} returned {scores!r:.80}: it must return a list of numbers") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UsageError(f"the reward {name} returned {brief(scores)}: it must return a list of numbers") from error
     if len(numbers) != len(responses):
         raise UsageError(f"the reward {name} returned {len(numbers)} numbers for {len(responses)} responses")
     for number, response in zip(numbers, responses, strict=True):
@@ -1558,6 +1721,14 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
         fits = fits and all(isinstance(x, float | int) and math.isfinite(x) for x in numbers)
         if not fits or (isinstance(expected, int) and saved < 0):  # such a number counts something
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
+
+
+def check_ranks():
+    """UsageError unless the numbers of torchrun are such, where they are set."""
+    given = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
+    for name, number in given.items():
+        if not re.fullmatch(r"\d{1,9}", number) or (name == "WORLD_SIZE" and int(number) < 1):
+            raise UsageError(f"the environment variable {name} is {number!r}, which torchrun sets to a number: unset it")
 
 
 def write_atomically(file: Path, data: bytes):
@@ -1847,7 +2018,11 @@ class RunOfRanks(Run):
 
     def __init__(self, args: Args):
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            try:
+                dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            except ValueError as error:  # WORLD_SIZE may be set by something else
+                ranks = f"WORLD_SIZE is {args.world_size}, as if torchrun had started this"
+                raise UsageError(f"{ranks}, but {error}: start it with torchrun, or unset WORLD_SIZE") from error
         if args.rank > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 reports
         super().__init__(args)
@@ -1961,11 +2136,12 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
     Returns the measures of Runner.evaluate and of the stages, "returns", the score of each response, and "samples".
     closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
     """
-    say(f"answering {args.eval_episodes} prompts to evaluate")
+    torch.set_num_threads(args.num_threads)
     result: dict[str, Any] = {"returns": [], "samples": [], "problems": []}
     try:
         models = load_models(args)
         runner, agent = Runner(args, models), make_agent(args, models)
+        say(f"answering {len(runner.held_out)} prompts to evaluate")
         theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
         check_checkpoint(checkpoint, {"theta": theta, **runner.state_dict()}, models)
         nn.utils.vector_to_parameters(checkpoint["theta"].to(args.device), agent.parameters())
@@ -2077,17 +2253,27 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     return args, checkpoint
 
 
+def read_log(args: Args, name: str) -> list[dict]:
+    """Records of a log of the run; none where it is missing. What a crash has cut off is no record."""
+    file = Path(args.run_dir) / name
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+
+
 def tell_evaluation(args: Args, evaluation: dict):
     """The closing lines, with what was measured and answered before the training; exit code 1 where something is missing."""
     if evaluation["problems"]:
         sys.exit(f"{Path(__file__).name}: {'; '.join(evaluation['problems'])}")
-    logs = [Path(args.run_dir) / name for name in ("evaluations.jsonl", "samples.jsonl")]
-    first, samples = ([json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [] for log in logs)
-    before = first[0] if first else {}
+    started, first, samples = (read_log(args, name) for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"))
+    same = ("eval_episodes", "eval_temperature")  # only what was measured alike is shown beside it
+    if not started or any(started[0]["args"].get(name) != getattr(args, name) for name in same):
+        first, samples = [], []
+    before, samples = first[0] if first else {}, [sample for sample in samples if sample["iteration"] == 0]
     for name in [name for name in before if name in evaluation]:
         print(f"{name:>13}: {before[name]:8.3f} -> {evaluation[name]:8.3f}")
-    for old, (prompt, answer, _) in list(zip(samples, evaluation["samples"], strict=False))[:5]:
-        print(f"\n  {prompt}|\n    before: {old['response']}\n    after:  {answer}")
+    for name in [name for name in evaluation if not before and isinstance(evaluation[name], float)]:
+        print(f"{name:>13}: {evaluation[name]:8.3f}")
+    for old, (prompt, answer, _) in list(itertools.zip_longest(samples, evaluation["samples"]))[:5]:
+        print(f"\n  {prompt}|" + (f"\n    before: {old['response']}" if old else "") + f"\n    after:  {answer}")
 
 
 def main():

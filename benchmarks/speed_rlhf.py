@@ -43,7 +43,14 @@ def save_models(folder: Path):
     own = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", padding_side="left"
     )
-    sizes = {"vocab_size": len(words), "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "num_labels": 1}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words),
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "num_labels": 1,
+    }
     config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)
     torch.manual_seed(0)
     for name, kind in (("policy", "GPT2LMHeadModel"), ("reward", "GPT2ForSequenceClassification")):

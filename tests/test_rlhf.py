@@ -1,14 +1,17 @@
 """ppo_rlhf.py: one test for each detail of the table in DETAILS.md, the exact optimum, resume, and bad input."""
 
+import argparse
 import functools
 import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -233,14 +236,14 @@ def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
 
 def test_rlhf_04_adaptive_coefficient():
     _, _, runner, _ = start(kl_target=6.0, kl_horizon=100.0)
-    runner.control_kl(6.6)
+    runner.control_kl(6.6, False)
     assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100))
-    runner.control_kl(600)
+    runner.control_kl(600, False)
     assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100))
-    runner.control_kl(0)
+    runner.control_kl(0, False)
     assert runner.kl_coef == pytest.approx(0.05 * (1 + 0.1 * 8 / 100) * (1 + 0.2 * 8 / 100) * (1 - 0.2 * 8 / 100))
     fixed = start(kl_target=None)[2]
-    fixed.control_kl(600)
+    fixed.control_kl(600, False)
     assert fixed.kl_coef == 0.05
 
 
@@ -582,28 +585,29 @@ def test_tensorboard_gets_the_log_and_the_evaluations():
 # models of transformers, which is optional
 
 
-def save_pretrained(folder: str, family: str, **changes):
+def save_pretrained(folder: str, family: str, end: str = "<end>", add_end: bool = False, **changes):
     """A tiny model of random weights, and a tokenizer of whole words, as transformers saves them."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate(["<unk>", "<end>", "the", "film", "is", "and", "to", "me", *GOOD, *BAD])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    own = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
-    )
+    if add_end:
+        backend.post_processor = tokenizers.processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 1)])
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=end, pad_token="<end>")
     own.save_pretrained(folder)
     sizes = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "head_dim": 16}
     sizes |= {"num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1, "do_layer_norm_before": True}
-    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {}
+    sizes |= {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64} if family == "mpt" else {}
+    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family in ("gpt2", "bloom") else {}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **sizes | changes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return config
 
 
-FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma3_text", "opt")
+FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma3_text", "opt", "bloom", "mpt")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -634,6 +638,42 @@ def test_pretrained_models_that_are_refused(monkeypatch):
         start(model="capped", **given)
     with pytest.raises(UsageError, match=r"cannot load the model ./nowhere"):
         start(model="./nowhere", **given)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("bert", {}),  # reads what comes after a token, too
+        ("rwkv", {"attention_hidden_size": 32, "context_length": 64}),
+    ],
+)
+def test_pretrained_models_that_work_in_other_ways_are_refused(family, changes):
+    save_pretrained("other", family, **changes)
+    Path("prompts.txt").write_text("the film is\n")
+    refusals = r"this script cannot train the model other \(\w+: .*\)|the model other gives other logits .*: this script cannot"
+    with pytest.raises(UsageError, match=refusals):
+        start(model="other", prompts="prompts.txt", env="words:score", data="")
+
+
+def test_tokenizer_that_is_larger_than_the_model_is_refused():
+    save_pretrained("lm", "gpt2", vocab_size=10)
+    Path("prompts.txt").write_text("the film is lovely\n")
+    given = {"model": "lm", "prompts": "prompts.txt", "env": "words:score", "data": ""}
+    with pytest.raises(UsageError, match="the tokenizer of lm has a token 10, but the model has 10 tokens"):
+        start(**given)
+    save_pretrained("lm", "gpt2", end="<another>")
+    with pytest.raises(UsageError, match="the tokenizer of lm has a token 16, but the model has 16 tokens"):
+        start(**given)
+
+
+def test_tokenizer_that_adds_the_end_to_a_prompt():
+    save_pretrained("lm", "gpt2", add_end=True)
+    Path("prompts.txt").write_text("the film is\nis the\n")
+    given = {"model": "lm", "prompts": "prompts.txt", "env": "words:score", "data": "texts.txt"}
+    Path("texts.txt").write_text("the film is good\n")
+    models = start(**given)[1]
+    assert models.prompts == [[2, 3, 4], [4, 2]] and models.texts == [[2, 3, 4, 8, 1]]
 
 
 def test_pretrained_prompts_that_are_refused():
@@ -678,7 +718,7 @@ def test_rlhf_15_a_tokenizer_whose_padding_is_its_end(capsys):
     own.pad_token = "<unk>"
     own.save_pretrained("lm")
     start(model="lm", prompts="prompts.txt", env="words:score", data="")
-    assert "warning" not in capsys.readouterr().err
+    assert "warning: the tokenizer" not in capsys.readouterr().err
 
 
 def test_reward_model_without_a_head_is_refused(capfd):
@@ -729,6 +769,33 @@ def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
         ppo_rlhf.train(Args(**(two["args"] | {"resume": "two"})))
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_reward_that_fails_in_one_rank_stops_all(failing):
+    write_function(f"return 1 / 0 if len(responses) == 4 and os.environ['RANK'] == '{failing}' else [1.0] * len(responses)")
+    Path("own.py").write_text("import os\n" + Path("own.py").read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
+    flags = words(env="own:score", num_envs=4, eval_episodes=0)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    raised = "ppo_rlhf.py: error: the reward own:score raised ZeroDivisionError('division by zero'); interrupted"
+    assert done.stderr.count(raised) == 2, done.stderr  # the lines of two processes may run into each other
+    assert done.stderr.count("torchrun --nproc-per-node 2") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"WORLD_SIZE": "0"}, "the environment variable WORLD_SIZE is '0', which torchrun sets to a number: unset it"),
+        ({"RANK": "x"}, "the environment variable RANK is 'x', which torchrun sets to a number: unset it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, as if torchrun had started this, but .*: start it with torchrun, or unset W"),
+    ],
+)
+def test_ranks_that_are_none(variables, sentence, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=sentence):
+        ppo_rlhf.train(tiny())
+
+
 def test_a_reward_that_fails_in_an_evaluation_does_not_end_the_training(capsys):
     """It fails at its fourth call, which is the evaluation after the second and last iteration."""
     write_function("score.calls += 1\n    return fail() if score.calls == CALL else [1.0] * len(responses)")
@@ -759,8 +826,308 @@ def test_models_of_another_run_are_refused(what):
 def test_models_beyond_the_memory_are_refused_before_they_are_made():
     for changes in ({"width": 3_200_000}, {"layers": 10**7}, {"num_envs": 10**9}):
         with pytest.raises(UsageError, match=r"need at least .* GB of memory, and .* GB are free"):
-            ppo_rlhf.train(tiny(**changes, total_timesteps=10**12))
+            ppo_rlhf.train(tiny(**changes, total_timesteps=10**12, kl_target=None))
     assert not Path("run").exists()
+
+
+# what a review of this file found, mechanism by mechanism
+
+
+def test_rlhf_37_a_reward_that_fails_in_an_evaluation_leaves_the_temperature():
+    _, _, runner, agent = start(env="words:score", temperature=0.7, eval_temperature=0.5)
+    kept, runner.score = runner.score, lambda prompts, responses: 1 / 0
+    with pytest.raises(UsageError):
+        runner.evaluate(agent)
+    assert agent.temperature == 0.7
+    runner.score = kept
+    assert runner.evaluate(agent)[0]["score"] and agent.temperature == 0.7
+
+
+def test_rlhf_37_kl_of_an_evaluation_is_that_of_what_it_samples():
+    """The policy is the reference, so at temperature 1 the KL is 0; at another one it is the KL of that distribution."""
+    _, _, runner, agent = start(env="words:score", eval_episodes=6)
+    assert runner.evaluate(agent)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    runner.args.eval_temperature = 0.01
+    measures, _ = runner.evaluate(agent)
+    # nearly the likeliest tokens: log pi is nearly 0, so the KL is what the reference needs for them
+    assert measures["kl"] == pytest.approx(measures["reference_nll"] * measures["length"], rel=0.02)
+
+
+@pytest.mark.parametrize(("norm_adv", "minibatches"), [("batch", 1), ("minibatch", 8)])
+def test_a_single_step_is_not_normalized(norm_adv, minibatches):
+    N = minibatches
+    with pytest.raises(UsageError, match=f"norm_adv {norm_adv} makes the advantage of a single step 0"):
+        tiny(norm_adv=norm_adv, num_envs=N, num_minibatches=minibatches, num_steps=1)
+    tiny(norm_adv="none", num_envs=N, num_minibatches=minibatches, num_steps=1)
+
+
+def test_rlhf_04_a_coefficient_that_could_turn_negative_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match=r"kl_horizon is 1\.6: it must be above 1\.6, a fifth of the responses of an it"):
+        tiny(kl_horizon=1.6)
+    tiny(kl_horizon=1.6, kl_target=None)
+    runner = start(kl_horizon=1.7)[2]
+    runner.control_kl(0, False)
+    assert 0 < runner.kl_coef < 0.05
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"it must be above 3\.2"):
+        tiny(kl_horizon=1.7)
+
+
+def test_rlhf_05_equal_scores_have_no_unit():
+    """The deviation of 256 times 0.1 is 1e-17, not 0."""
+    write_function("return [0.1] * len(responses)")
+    _, _, runner, agent = start(env="own:score")
+    runner.measure_scores()
+    assert runner.score_std == 1
+    assert runner.play(agent, 1).samples[0].score == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("value", ["head", "separate"])
+def test_rlhf_35_warmup_trains_the_value_function_alone(value):
+    """Texts of PTX wait, beta waits, and Adam begins anew with the policy."""
+    changes = {"value": value, "ptx_coef": 1.0, "kl_target": 5.0, "learning_rate": 1e-2, "checkpoint_every": 1}
+    ppo_rlhf.train(tiny(value_warmup=2, total_timesteps=3 * 64, **changes))
+    args, _, _, agent = start(value=value)
+    policy = sum(p.numel() for p in agent.lm.parameters())
+    saved, records = read_checkpoint("run"), read_jsonl("run/metrics.jsonl")[1:]
+    assert [record["charts/kl_coef"] for record in records] == [args.kl_coef] * 3
+    assert [record["charts/kl"] for record in records] == [pytest.approx(0, abs=1e-4)] * 3
+    assert saved["adam"][2].item() == 4  # of one iteration: two epochs of two minibatches
+    assert not torch.equal(saved["theta"][:policy], flat(agent)[:policy])
+
+
+def test_rlhf_35_a_warmup_without_an_end_is_refused():
+    with pytest.raises(UsageError, match="value_warmup is 4, but there are 4 iterations: the policy would never learn"):
+        tiny(value_warmup=4)
+
+
+class Spaced:
+    """A tokenizer of words as SentencePiece has it: the first space of a text is not written."""
+
+    def decode(self, tokens):
+        return "".join(" " + "abcdefghijklmnopqrstuvwxyz"[token % 26] for token in tokens)[1:]
+
+
+def test_prompt_and_response_together_are_the_text_of_both():
+    _, _, runner, _ = start()
+    tokenizer, runner.tokenizer = runner.tokenizer, Spaced()
+    assert runner.decode([0, 1], [2, 3]) == ("a b", " c d")
+    runner.tokenizer = tokenizer
+    letter = [3 + byte for byte in "日本".encode()]
+    for cut in range(1, len(letter)):  # the joint is within a letter of three bytes
+        prompt, response = runner.decode([BOS, *letter[:cut]], letter[cut:])
+        assert prompt + response == "日本" and "\ufffd" not in prompt + response
+    assert runner.decode([3 + 0xFF], [3 + 97]) == ("\ufffd", "a")  # no letter at all
+
+
+def test_a_run_notices_another_reference(capsys):
+    given = {"env": "words:score", "total_timesteps": 2 * 64}
+    ppo_rlhf.train(tiny(**given))
+    ppo_rlhf.train(tiny("other", seed=2, **given))
+    saved = Path("run/models.pt").read_bytes()
+    Path("run/models.pt").write_bytes(Path("other/models.pt").read_bytes())
+    with pytest.raises(UsageError, match="the run began with another model or other prompts than are there now"):
+        ppo_rlhf.train(Args(**(read_checkpoint("run")["args"] | {"resume": "run", "total_timesteps": 4 * 64})))
+    with pytest.raises(UsageError, match="the run began with another model or other prompts than are there now"):
+        ppo_rlhf.evaluate(tiny(**given), read_checkpoint("run"))
+    Path("run/models.pt").write_bytes(saved)
+    assert len(ppo_rlhf.evaluate(tiny(**given), read_checkpoint("run"))["returns"]) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"texts": [["a"]]}, {"prompts": [[10**6]]}, {"facts": [1]}, {"merges": [1]}, {"lm": []}, {"held_out_prompts": 3}],
+)
+def test_models_of_wrong_types_are_refused(change):
+    ppo_rlhf.train(tiny(total_timesteps=64))
+    torch.save(torch.load("run/models.pt", weights_only=True) | change, "run/models.pt")
+    with pytest.raises(UsageError, match=r"run/models.pt is damaged or of another run"):
+        ppo_rlhf.load_models(tiny())
+
+
+@pytest.mark.parametrize("change", [{"score_std": 0.0}, {"kl_coef": -1.0}])
+def test_figures_that_cannot_be_are_refused(change):
+    ppo_rlhf.train(tiny(total_timesteps=64))
+    torch.save(read_checkpoint("run") | change, "run/checkpoint.pt")
+    with pytest.raises(UsageError, match=f"the checkpoint is damaged: .*{next(iter(change))} is {next(iter(change.values()))}"):
+        ppo_rlhf.evaluate(tiny(), read_checkpoint("run"))
+
+
+def cached() -> set[Path]:
+    return set(Path(os.environ["XDG_CACHE_HOME"], "ppo_rlhf").glob("*.pt"))
+
+
+def test_the_cache_goes_by_all_that_the_stages_read(monkeypatch, tmp_path):
+    """Of settings only those that a stage knows; it knows no others. Of code the sections that it runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ppo_rlhf.load_models(tiny())
+    first = cached()
+    assert len(first) == 2
+    ppo_rlhf.load_models(tiny(temperature=0.5, learning_rate=1e-2, kl_coef=0.1))
+    assert cached() == first
+    ppo_rlhf.load_models(tiny(reward_pool="mean"))
+    second = cached()
+    assert len(second) == 3
+    for part, trained_anew in (("Flags", 0), ("PPO", 0), ("Language model", 2), ("Stages", 2)):
+        edited = [text + "# edited\n" * text.startswith(f"# {part}") for text in ppo_rlhf.SECTIONS]
+        assert edited != ppo_rlhf.SECTIONS
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo_rlhf, "SECTIONS", edited)
+            before = len(cached())
+            ppo_rlhf.load_models(tiny())
+            assert len(cached()) == before + trained_anew, part
+    monkeypatch.setattr(ppo_rlhf, "train_supervised", lambda args, *rest: args.learning_rate)
+    with pytest.raises(AttributeError, match="learning_rate"):  # a stage that reads another flag needs to say so
+        ppo_rlhf.load_models(tiny(sft_epochs=3))
+
+
+def test_a_cache_entry_that_is_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ppo_rlhf.load_models(tiny())
+    for file in cached():
+        torch.save({}, file)
+    with pytest.raises(UsageError, match=r"[0-9a-f]{16}\.pt is damaged: delete it"):
+        ppo_rlhf.load_models(tiny())
+
+
+def test_waiting_for_a_stage_of_another_process_is_said(capsys):
+    order = []
+
+    def hold():
+        with ppo_rlhf.open_cache("entry"):
+            order.append("held")
+            time.sleep(0.5)
+            order.append("freed")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while not order:
+        time.sleep(0.01)
+    with ppo_rlhf.open_cache("entry"):
+        order.append("mine")
+    thread.join()
+    assert order == ["held", "freed", "mine"]
+    assert "waiting for another process, which is making" in capsys.readouterr().err
+
+
+def test_labels_do_not_depend_on_how_ppo_samples(monkeypatch):
+    monkeypatch.setattr(ppo_rlhf, "make_vader", lambda: lambda texts, _: [float(text.count("o")) for text in texts])
+    models = ppo_rlhf.load_models(tiny(env="words:score"))
+    pairs = []
+    for changes in ({}, {"temperature": 0.3, "precision": "bfloat16", "value": "separate"}):
+        args = argparse.Namespace(**vars(tiny(env="labels", **changes)))
+        pairs.append(ppo_rlhf.compare_by_vader(args, models, np.random.default_rng(0)))
+    assert pairs[0] == pairs[1] and len(pairs[0]) == 64
+
+
+def test_evaluation_of_a_saved_run_shows_before_only_what_was_measured_alike(capsys, monkeypatch):
+    ppo_rlhf.train(tiny(eval_episodes=2, eval_every=1, total_timesteps=2 * 64))
+    for flags, alike in (
+        (["--eval-episodes", "2"], True),
+        (["--eval-episodes", "4"], False),
+        (["--eval-temperature", "0.5"], 0),
+    ):
+        with open("run/evaluations.jsonl", "a") as log:
+            log.write('{"iteration": 2, "sco')  # cut by a crash
+        monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", "--evaluate", "run", *flags])
+        capsys.readouterr()
+        ppo_rlhf.main()
+        out, err = capsys.readouterr()
+        assert ("->" in out and out.count("before:") == 2) if alike else ("->" not in out and "before:" not in out)
+        assert out.count("after:") == (4 if "4" in flags else 2) and " kl: " in out
+        assert f"answering {4 if '4' in flags else 2} prompts" in err
+
+
+def test_few_prompts_are_said_and_held_out_prompts_are_not_trained_on(capsys):
+    assert ppo_rlhf.hold_out([[1], [2]]) == ([[1], [2]], [[1], [2]])
+    assert "warning: there are too few different prompts" in capsys.readouterr().err
+    prompts, held_out = ppo_rlhf.hold_out([[i % 20] for i in range(40)])
+    assert held_out == [[0], [1]] and prompts == [[i % 20] for i in range(40) if i % 20 > 1]
+    assert capsys.readouterr().err == ""
+
+
+def test_seeds_of_any_size():
+    _, models, runner, _ = start(env="words:score")
+    heads = [ppo_rlhf.make_agent(tiny(seed=seed, head_init="torch"), models).value_head for seed in (1, 2**200 + 2)]
+    assert not torch.equal(heads[0].weight, heads[1].weight)
+    runner.args.seed = 2**200 + 2
+    assert len(runner.play(ppo_rlhf.make_agent(runner.args, models), 1).samples) == 8
+
+
+def test_more_tokens_than_the_model_reads_are_refused_before_the_stages():
+    with pytest.raises(UsageError, match="num_steps is 125: with a prompt of 8 tokens that is more than the 128"):
+        tiny(num_steps=125, total_timesteps=10_000)
+    tiny(num_steps=125, total_timesteps=10_000, prompts="some.txt")  # a prompt of three tokens would fit
+
+
+def test_files_with_a_mark_and_with_odd_separators():
+    Path("odd.txt").write_bytes("\ufeffone\u2028two\u0085three\r\nfour\n".encode())
+    assert ppo_rlhf.read_lines("odd.txt", "prompts") == ["one\u2028two\u0085three", "four"]
+
+
+def test_agreement_without_ratings_is_not_known(capsys):
+    assert ppo_rlhf.agreement([1.0, 2.0], [3.0, 3.0]) is None and ppo_rlhf.agreement([], []) is None
+    lines = Path("texts.tsv").read_text().splitlines()
+    order = np.random.default_rng(0).permutation(len(lines)).tolist()
+    for i in order[: len(lines) // 18]:  # those that are held out
+        lines[i] = lines[i].partition("\t")[2]
+    Path("half.tsv").write_text("\n".join(lines) + "\n")
+    assert "reward_model_accuracy" not in start(data="half.tsv")[1].facts
+    assert "reward model: no two unseen texts have different ratings to test it with" in capsys.readouterr().err
+
+
+def test_rlhf_27_micro_batches_bound_every_pass(monkeypatch):
+    _, _, runner, agent = start(micro_batch=3, env="words:score")
+    whole = start(env="words:score")[2:]
+    rows, forward = [], Agent.forward
+
+    def counted(self, tokens, *rest, **named):
+        rows.append(len(tokens))
+        return forward(self, tokens, *rest, **named)
+
+    monkeypatch.setattr(Agent, "forward", counted)
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+    measures, _ = runner.evaluate(agent)
+    assert max(rows) == 3
+    other, _ = ppo_rlhf.make_batch(whole[1], whole[0].play(whole[1], 1), whole[0])
+    torch.testing.assert_close(batch.logprob, other.logprob, atol=1e-5, rtol=1e-5)
+    assert measures["kl"] == pytest.approx(whole[0].evaluate(whole[1])[0]["kl"], abs=1e-5)
+
+
+def test_rlhf_34_a_run_that_ended_at_a_kl_stays_ended(capsys):
+    ppo_rlhf.train(tiny(max_kl=0.05, learning_rate=1e-2, total_timesteps=20 * 64))
+    before = read_checkpoint("run")
+    for _ in range(2):
+        ppo_rlhf.train(Args(**(before["args"] | {"resume": "run"})))
+        assert read_checkpoint("run")["iteration"] == before["iteration"]
+        assert equal(read_checkpoint("run")["theta"], before["theta"])
+    assert capsys.readouterr().err.count("max_kl: the KL to the reference is") == 3
+
+
+def test_a_reward_may_change_its_lists_and_switch_gradients_off():
+    Path("own.py").write_text(
+        "import torch\ntorch.set_grad_enabled(False)\n"
+        "def score(prompts, responses):\n    torch.set_grad_enabled(False)\n    torch.rand(3)\n"
+        "    prompts.clear()\n    return [float(len(responses.pop())) for _ in range(len(responses))][::-1]\n"
+    )
+    sys.modules.pop("own", None)
+    _, _, runner, agent = start(env="own:score")
+    rollout = runner.play(agent, 1)
+    assert [len(sample.response) for sample in rollout.samples] == rollout.raw.tolist() and torch.is_grad_enabled()
+    drawn = torch.rand(1)
+    runner.score = lambda prompts, responses: [1.0] * len(responses)
+    runner.global_step = 0
+    runner.play(agent, 1)
+    assert torch.equal(torch.rand(1), drawn)  # what the reward draws changes nothing
+    ppo_rlhf.train(tiny(env="own:score", total_timesteps=64))
+
+
+def test_without_pip_there_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "bare"], check=True)
+    monkeypatch.setattr(sys, "executable", str(Path("bare/bin/python").absolute()))
+    with pytest.raises(UsageError, match=r"No module named pip\): give texts with --data FILE"):
+        ppo_rlhf.load_sentences(tiny(data=""))
 
 
 # bad input
@@ -789,8 +1156,12 @@ def write_function(body: str):
         (["--model", "lm", "--prompts", "long.txt"], "model needs a reward of its own: --reward my_module:score"),
         (["--width", "33"], "width is 33: it must be a multiple of 32"),
         (["--vocabulary", "100"], "vocabulary is 100: it must be at least 259"),
-        (["--temperature", "0"], "temperature is 0.0: it must be above 0"),
-        (["--no-eos-score", "nan"], "no_eos_score is nan: it must be finite, or None"),
+        (["--temperature", "0"], "temperature is 0.0: it must be at least 1e-6"),
+        (["--no-eos-score", "nan"], "no_eos_score is nan: it must lie between -1e30 and 1e30, or be None"),
+        (["--temperature", "1e-40"], "temperature is 1e-40: it must be at least 1e-6"),
+        (["--eval-temperature", "1e-40"], "eval_temperature is 1e-40: it must be at least 1e-6"),
+        (["--no-eos-score", "1e300"], "no_eos_score is 1e+300: it must lie between -1e30 and 1e30"),
+        (["--reward", "leaves:score"], "cannot load the reward function leaves:score: SystemExit(3)"),
         (["--resume", "nowhere"], "there is no checkpoint nowhere"),
     ],
 )
@@ -801,6 +1172,7 @@ def test_bad_input_is_one_sentence(flags, sentence, capsys, monkeypatch):
     Path("unrated.txt").write_text("".join(f"the film is good and dull number {i}\n" for i in range(30)))
     Path("wrong.txt").write_text("good\ttext\n")
     Path("one.txt").write_text("1,2\ttext\n")
+    Path("leaves.py").write_text("import sys\nsys.exit(3)\n")
     given = [] if "--resume" in flags else words()
     monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *given, *flags])
     with pytest.raises(SystemExit) as stop:
@@ -818,6 +1190,12 @@ def test_bad_input_is_one_sentence(flags, sentence, capsys, monkeypatch):
         ("return ['x'] * len(responses)", 2, "error: the reward own:score returned ['x'"),
         ("return [float('nan')] * len(responses)", 1, "stopped: the reward own:score returned nan for the response"),
         ("raise ValueError('no')", 2, "error: the reward own:score raised ValueError('no')"),
+        ("import sys; sys.exit()", 2, "error: the reward own:score raised SystemExit()"),
+        ("return (1 / 0 for _ in responses)", 2, "error: the reward own:score raised ZeroDivisionError"),
+        ("return [10**400] * len(responses)", 2, "error: the reward own:score returned [1000"),
+        ("return [10**5000] * len(responses)", 2, "error: the reward own:score returned something of the type list: it"),
+        ("return set(range(len(responses)))", 2, "error: the reward own:score returned {0, 1, 2"),
+        ("import torch; return torch.zeros(99, 99)", 2, "error: the reward own:score returned tensor([[0., 0., 0., ..., 0."),
     ],
 )
 def test_bad_reward_function_is_one_sentence(body, code, sentence, capsys, monkeypatch):
