@@ -95,6 +95,11 @@ COMPARISONS: list[tuple[str, tuple[str, str], tuple[str, str], tuple[str, ...]]]
     ("A2C minus PPO", ALGORITHMS["A2C"], BASE, suites.MUJOCO),
     ("adaptive KL 0.01 minus clipping, all details", ("table1-details", KL_SETTING), BASE, suites.MUJOCO),
     ("clipping 0.2, normalized minus as printed", ("table1-normalized", CLIP_02), ("table1", CLIP_02), suites.MUJOCO),
+    *(
+        (f"{setting} minus all details on", (suite, setting), BASE, envs)
+        for suite, (settings, envs, _) in suites.CLOSER.items()
+        for setting in settings
+    ),
     ("LSTM minus none, no velocities", ("discrete", "no velocities, LSTM"), ("discrete", "no velocities"), CARTPOLE),
     ("shared minus separate, unscaled rewards", SHARED, SEPARATE, CARTPOLE),
     ("bfloat16 minus float32", ("atari-short", "bfloat16"), ("atari-short", "default"), BREAKOUT),

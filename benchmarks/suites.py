@@ -104,6 +104,26 @@ DETAILS: dict[str, dict[str, Any]] = {
     "ours off: reset steps learned": {"mask_resets": False},
 }
 DETAILS_TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+# Some of them with more seeds: suite -> setting -> flags, tasks, seeds.
+CLOSER: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...], tuple[int, ...]]] = {
+    "limits": (
+        {"time limit terminates": {"bootstrap_truncated": False}, "reset steps learned": {"mask_resets": False}},
+        MUJOCO,
+        TEN,
+    ),
+    "double-pendulum": (
+        {
+            "observations not normalized": {"norm_obs": "none"},
+            "observations not clipped": {"clip_obs": "inf"},
+            "statistics once per rollout": {"norm_obs": "batch"},
+            "rewards not scaled": {"norm_reward": False},
+            "neither normalized nor scaled": {"norm_obs": "none", "norm_reward": False},
+        },
+        ("InvertedDoublePendulum",),
+        (1, 2, 3, 4, 5),
+    ),
+    "unclipped": ({"no policy clipping": {"clip_policy": False}}, DETAILS_TASKS, TEN),
+}
 
 # Networks shared or separate on MuJoCo: ppo_shared_params.py with the settings of ppo_continuous.py.
 BASE_SETTINGS: dict[str, Any] = {"total_timesteps": 1_000_000, "checkpoint_every": 50, "learning_rate": 3e-4, "num_envs": 1}
@@ -315,6 +335,9 @@ def make_suite(name: str) -> list[Run]:
         return runs
     if name == "table6":
         return grid(name, {"bfloat16": ("ppo_atari.py", BFLOAT16)}, ATARI, SEEDS)
+    if name in CLOSER:
+        changes, envs, many = CLOSER[name]
+        return grid(name, {k: (CLIP, flags) for k, flags in changes.items()}, envs, many)
     if name == "details":
         return grid(name, {k: (CLIP, flags) for k, flags in DETAILS.items()}, DETAILS_TASKS, SEEDS)
     raise ValueError(name)
@@ -323,6 +346,7 @@ def make_suite(name: str) -> list[Run]:
 SUITES = (
     *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
     *("discrete", "objective", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
+    *CLOSER,
     *RLHF,
 )
 

@@ -420,6 +420,9 @@ def test_suites_have_the_sizes_of_the_paper():
     assert sizes["peer"] == 7 * 3
     assert sizes["discrete"] == 7 * 5 + 3 * 3
     assert sizes["objective"] == 2 * 3 * 5
+    assert sizes["limits"] == 2 * 7 * 10
+    assert sizes["double-pendulum"] == 5 * 5
+    assert sizes["unclipped"] == 3 * 10
     assert sizes["table6"] == 49 * 3
     assert sizes["atari-short"] == 2 + 3 * 3
     assert sizes["details"] == 3 * 3 * len(suites.DETAILS)
