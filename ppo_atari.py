@@ -1075,11 +1075,14 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
 
 
 def check_ranks():
-    """UsageError unless the numbers of torchrun are such, where they are set."""
+    """UsageError where a variable of torchrun is set, but not as torchrun sets it."""
     given = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
     for name, number in given.items():
         if not re.fullmatch(r"\d{1,9}", number) or (name == "WORLD_SIZE" and int(number) < 1):
-            raise UsageError(f"the environment variable {name} is {number!r}, which torchrun sets to a number: unset it")
+            raise UsageError(f"the environment variable {name} is {number!r}, no number as torchrun sets it: unset it")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        told = f"RANK is {given['RANK']}, but WORLD_SIZE is {given['WORLD_SIZE']}"
+        raise UsageError(f"{told}: start it with torchrun, or unset both")
 
 
 def write_atomically(file: Path, data: bytes):
@@ -1621,6 +1624,10 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
     if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
         say(f"warning: {file} is of another version of this script")
+    threads, most = checkpoint["args"].get("num_threads"), 4 * (os.cpu_count() or 1)
+    if isinstance(threads, int) and threads > most:
+        say(f"warning: {file} is of a run with {threads} threads, but here are at most {most}: the last digits may differ")
+        changes = {"num_threads": most} | changes
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except TypeError as error:

@@ -1571,6 +1571,10 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
     if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
         say(f"warning: {file} is of another version of this script")
+    threads, most = checkpoint["args"].get("num_threads"), 4 * (os.cpu_count() or 1)
+    if isinstance(threads, int) and threads > most:
+        say(f"warning: {file} is of a run with {threads} threads, but here are at most {most}: the last digits may differ")
+        changes = {"num_threads": most} | changes
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except TypeError as error:

@@ -175,7 +175,7 @@ class Args:
     kl_estimator: Literal["k1", "k3"] = "k1"
     # [rlhf 04] steer beta towards this KL of a response, nats; a short run may not come so far; None: beta stays
     kl_target: OptionalLimit = 10.0
-    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above a fifth of an iteration's
+    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above num_envs / 5 times ranks
     max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
     norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
     score_clip: Limit = math.inf  # [rlhf 32] scores limited to +-this, above 0; inf: off
@@ -183,16 +183,18 @@ class Args:
     whiten_rewards: bool = False  # [rlhf 06] rewards to deviation 1, mean kept
     stop_at_eos: bool = True  # [rlhf 16] [rlhf 18] a response ends at the end token; off: always num_steps tokens
     temperature: Temperature = 1.0  # [rlhf 20] of sampling and of every log-probability
-    # [rlhf 12] value function: a head on the policy, or a network of its own that starts as the reward model, or where
-    # there is none as the reference
+    # [rlhf 12] value function: a head on the policy, or a network of its own, which starts as the reward model, or
+    # without one as the reference
     value: Literal["head", "separate"] = "head"
     # [rlhf 11] [rlhf 13] heads begin at 0 (value) and at deviation 1 / sqrt(width + 1) (reward), or as in torch
     head_init: Literal["original", "torch"] = "original"
     reward_pool: Literal["last", "mean"] = "last"  # [rlhf 14] the reward model reads its end token, or the mean of all
     ptx_coef: Weight = 0.0  # [rlhf 33] weight of the supervised loss on texts in every update (PPO-ptx)
-    # [rlhf 35] iterations at the start in which only the value function learns: its head, and a network of its own
+    # [rlhf 35] iterations at the start in which only the value function learns: the head, and with --value separate its
+    # network
     value_warmup: Whole = 0
-    micro_batch: Whole = 0  # [rlhf 27] responses per pass of the networks, to save memory; 0: the whole minibatch
+    # [rlhf 27] responses per pass of the networks, to save memory; sampling takes all of them; 0: the whole minibatch
+    micro_batch: Whole = 0
 
     # the stages before PPO
     vocabulary: Count = 2048  # tokens of the byte-level BPE
@@ -243,10 +245,8 @@ class Args:
                 f"total_timesteps is {self.total_timesteps}, less than one rollout of num_envs * num_steps * ranks = "
                 f"{self.batch_size} steps: raise it or shorten the rollout"
             )
-        if (
-            self.norm_adv != "none"
-            and self.num_steps * (self.num_envs if self.norm_adv == "batch" else self.minibatch_size) < 2
-        ):
+        rows = self.num_envs if self.norm_adv == "batch" else self.minibatch_size
+        if self.norm_adv != "none" and rows * self.num_steps < 2:
             raise UsageError(
                 f"norm_adv {self.norm_adv} makes the advantage of a single step 0: take fewer minibatches, or none"
             )
@@ -254,7 +254,7 @@ class Args:
         if self.kl_target is not None and self.kl_coef and self.kl_horizon <= least:
             raise UsageError(
                 f"kl_horizon is {self.kl_horizon}: it must be above {least}, a fifth of the responses of an iteration, or "
-                "the coefficient of the penalty could turn negative"
+                "the coefficient of the penalty could become 0 or negative"
             )
         if self.value_warmup >= self.num_iterations:
             raise UsageError(
@@ -265,12 +265,10 @@ class Args:
 
     def check_models(self):
         """UsageError where the flags of models, device and reward do not fit together."""
-        shortest = 2 if self.prompts else 8  # begin and a token; the longest of the texts' beginnings
-        if not self.model and shortest + self.num_steps > CONTEXT:
-            raise UsageError(
-                f"num_steps is {self.num_steps}: with a prompt of {shortest} tokens that is more than the {CONTEXT} that the "
-                "model reads"
-            )
+        prompt = 2 if self.prompts else 8  # the begin, and a token or without --prompts up to 7
+        if not self.model and prompt + self.num_steps > CONTEXT:
+            told = f"num_steps is {self.num_steps}: with a prompt of {prompt} tokens"
+            raise UsageError(f"{told} it exceeds the {CONTEXT} that the model reads")
         if self.width % 32:
             raise UsageError(f"width is {self.width}: it must be a multiple of 32, the width of an attention head")
         if self.vocabulary < 259:
@@ -640,8 +638,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
     texts: tokens of the texts of --ptx-coef.
     """
     parameters = list(agent.parameters())
-    of_value = torch.cat([torch.full([p.numel()], not name.startswith("lm.")) for name, p in agent.named_parameters()])
-    of_value = of_value.to(args.device)
+    of_policy = sum(p.numel() for p in agent.lm.parameters())  # they come first in theta
 
     def flat_gradient(loss: torch.Tensor) -> torch.Tensor:
         parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -673,10 +670,13 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
             n = len(mb_inds)
             drawn = torch.randint(len(texts), (n * args.world_size,))[args.rank * n : (args.rank + 1) * n].tolist()
             tokens, mask = pad_rows([texts[i] for i in drawn], False, args.device)
-            supervised = flat_gradient(args.ptx_coef * language_loss(agent.lm, tokens, mask))
+            supervised, total = torch.zeros_like(gradient), mask[:, 1:].sum()
+            for part, seen in zip(tokens.split(args.micro_batch or n), mask.split(args.micro_batch or n), strict=True):
+                share = seen[:, 1:].sum() / total  # [rlhf 27]
+                supervised += flat_gradient(share * (args.ptx_coef * language_loss(agent.lm, part, seen)))
             gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
         if warmup:  # [rlhf 35]
-            gradient = gradient * of_value
+            gradient[:of_policy] = 0
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         first_moment, second_moment, step = ([x] for x in adam)
@@ -719,9 +719,9 @@ class Models(NamedTuple):
         return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of the prompts and of the reference's parameters: what a run may not find changed."""
-        known = hashlib.sha256(json.dumps([self.prompts, self.held_out_prompts]).encode())
-        for parameter in self.lm.parameters():
+        """SHA-256 of prompts, texts, reference and reward model: what a run may not find changed."""
+        known = hashlib.sha256(json.dumps([self.prompts, self.held_out_prompts, self.texts]).encode())
+        for parameter in itertools.chain(*(model.parameters() for model in (self.lm, self.reward_model) if model)):
             known.update(parameter.detach().cpu().contiguous().numpy().tobytes())
         return known.hexdigest()
 
@@ -776,7 +776,7 @@ class Runner:
             ranks = f"the run has {state['world_size']} rank(s), not {self.args.world_size}"
             raise UsageError(f"{ranks}: resume it with as many")
         if state["reference"] != self.fingerprint:
-            raise UsageError("the run began with another model or other prompts than are there now: it needs the old ones")
+            raise UsageError("the run began with other models, prompts or texts than there are now: it needs those files again")
         if not (state["score_std"] > 0 and state["kl_coef"] >= 0):
             damage = f"score_std is {state['score_std']}, kl_coef is {state['kl_coef']}"
             raise UsageError(f"the checkpoint is damaged: {damage}")
@@ -789,10 +789,14 @@ class Runner:
         if self.args.norm_score:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
-            raw = self.respond(self.reference, rows, rng).raw.numpy()
-            self.score_mean, self.score_std = float(raw.mean()), float(raw.std())
-            if self.score_std <= 1e-9 * abs(self.score_mean):  # all scores are equal, but for rounding
-                self.score_std = 1.0
+            torch.manual_seed(self.args.seed % 2**63)  # for a reward that draws
+            raw = in_all_ranks(self.args, lambda: self.respond(self.reference, rows, rng)).raw.numpy()
+            unit = [float(raw.mean()), float(raw.std())]
+            if unit[1] <= 1e-9 * abs(unit[0]):  # all scores are equal, but for rounding
+                unit[1] = 1.0
+            if self.args.world_size > 1:  # a reward need not say the same in all ranks
+                dist.broadcast_object_list(unit, 0)
+            self.score_mean, self.score_std = unit
 
     def pick_prompts(self, iteration: int) -> list[list[int]]:
         """Prompts of all ranks in an iteration, counted from 1: all in a new order, and again in another one [rlhf 36]."""
@@ -821,9 +825,10 @@ class Runner:
         return Rollout(responses, raw, scores, ended, samples, [])
 
     def decode(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
-        """Texts of a prompt and of what follows it; together they are the text of both.
+        """Texts of a prompt and of its answer, split from the text of both.
 
-        A space or a part of a letter at the joint may be lost where each is decoded alone.
+        Decoded alone either may lose a space or a part of a letter at the joint. Only where the text of both does not begin
+        with that of the prompt is each decoded alone.
         """
         whole, before = self.tokenizer.decode(prompt + answer), self.tokenizer.decode(prompt)
         if not whole.startswith(before):  # it ends within a letter of several bytes
@@ -835,9 +840,10 @@ class Runner:
         args, N = self.args, self.args.num_envs
         rng = np.random.default_rng([args.seed, 2, iteration])
         seed = int(rng.integers(2**31))
+        torch.manual_seed(seed)  # for a reward that draws
         mine = slice(args.rank * N, (args.rank + 1) * N)
         rollout = in_all_ranks(args, lambda: self.respond(agent, self.pick_prompts(iteration), rng, mine))
-        torch.manual_seed(seed)  # for the order of the minibatches, whatever the reward has drawn
+        torch.manual_seed(seed)  # for the order of the minibatches, however much the reward drew
         self.global_step += args.batch_size
         lengths = rollout.responses.valid.sum(1).tolist()
         episodes = [(self.global_step, sample.score, n) for sample, n in zip(rollout.samples, lengths, strict=True)]
@@ -862,6 +868,7 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[Sample]]:
         """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
+        torch.manual_seed(self.args.seed % 2**63)  # for a reward that draws
         sampler = copy.copy(agent)  # with the same networks
         sampler.temperature = agent.temperature * self.args.eval_temperature
         rollouts = [
@@ -869,9 +876,9 @@ class Runner:
             for i in range(0, len(self.held_out), 256)
         ]
         sums: dict[str, float] = defaultdict(float)
-        for tokens, mask, valid, _ in (rollout.responses for rollout in rollouts):
-            size, T = self.args.micro_batch, valid.shape[1]
-            new, old = (forward_in_parts(x, tokens, mask, T, size).logprob * valid for x in (sampler, self.reference))
+        for tokens, mask, valid, sampled in (rollout.responses for rollout in rollouts):
+            old = forward_in_parts(self.reference, tokens, mask, valid.shape[1], self.args.micro_batch).logprob * valid
+            new = sampled * valid  # of the distribution that they come from, at its temperature
             sums["kl"] += (new - old).sum().item()
             sums["kl_k3"] += (((old - new).exp() - 1 - (old - new)) * valid).sum().item()
             sums["nll"] -= old.sum().item()
@@ -893,7 +900,7 @@ class Runner:
 
 
 def in_all_ranks(args: Args, make: Callable[[], Rollout]) -> Rollout:
-    """What make() returns; what a reward raises in one rank is raised in all, which would wait for that one."""
+    """What make() returns. A failure of the reward in one rank is raised in all, or the others would wait for that one."""
     if args.world_size == 1:
         return make()
     failures: list = [None] * args.world_size
@@ -1108,7 +1115,7 @@ def open_cache(entry: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process, which is making {cache / entry}")
+            say(f"waiting for another process, which is filling {cache}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield cache
     finally:
@@ -1337,9 +1344,11 @@ def keep(stage: argparse.Namespace, made_of: list, sections: list[str], make: Ca
             write_tensors(make(), file)
         try:
             state = read_tensors(file)
-            return state | {"facts": {**state["facts"]}}
-        except (UsageError, KeyError, TypeError) as error:
-            raise UsageError(f"{file} is damaged: delete it") from error
+        except UsageError as error:
+            raise UsageError(f"{error}: delete it") from error
+        if not isinstance(state, dict) or not isinstance(state.get("facts"), dict):
+            raise UsageError(f"{file} is damaged: delete it")
+        return state
 
 
 def load_models(args: Args) -> Models:
@@ -1362,7 +1371,8 @@ def load_models(args: Args) -> Models:
         raise UsageError("data needs at least two texts")
 
     # a stage knows the settings that are named here and no others, for the cache goes by them and by the code
-    names, sections = ["seed", "device", "vocabulary", "width", "layers", "sft_epochs"], ["Language model", "Stages"]
+    names = ["seed", "device", "num_threads", "vocabulary", "width", "layers", "sft_epochs"]
+    sections = ["Language model", "Stages"]
     stage = argparse.Namespace(**{name: getattr(args, name) for name in names})
     state = keep(stage, sentences, sections, lambda: train_supervised(stage, [s.text for s in rest], [s.text for s in held]))
     say(f"supervised model: {state['facts']['supervised_nats']:.2f} nats a token on {len(held)} unseen texts")
@@ -1401,13 +1411,13 @@ def take_prompts(tokenizer: Tokenizer, sentences: list[Sentence], rng: np.random
 
 
 def hold_out(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts for training, and the first 18th for evaluation, which is then left out of training; of few all for both."""
+    """Prompts for training and for evaluation: the first 18th is held out. Where too few are different, all serve both."""
     held_out = prompts[: len(prompts) // 18]
     known = set(map(tuple, held_out))
     rest = [prompt for prompt in prompts if tuple(prompt) not in known]
     if held_out and rest:
         return rest, held_out
-    say("warning: there are too few different prompts to hold some out, so evaluations answer those of the training")
+    say("warning: too few different prompts to hold some out: evaluations answer those of the training")
     return prompts, prompts
 
 
@@ -1499,9 +1509,10 @@ class PretrainedTokenizer:
         self.tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Without the end token that some tokenizers add: what follows it would be another text."""
-        tokens = self.tokenizer(text)["input_ids"]
-        return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
+        """Without an end token that the tokenizer adds: what follows it would be another text."""
+        tokens, end = self.tokenizer(text)["input_ids"], [self.tokenizer.eos_token_id]
+        written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens[:-1] if tokens[-1:] == end != written[-1:] else tokens
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -1519,7 +1530,7 @@ def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
         model, told = getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # many kinds: no directory, no weights, no network, unknown architecture
-        raise UsageError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"cannot load the model {path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if told["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(told["missing_keys"])[:3])
         raise UsageError(f"the model {path} has no weights for {missing}: it was saved as another kind of model")
@@ -1529,7 +1540,7 @@ def from_pretrained(kind: str, path: str) -> tuple[Any, Any]:
 def load_pretrained(args: Args) -> Models:
     """The model, tokenizer and prompts that args name; texts for --ptx-coef come from args.data."""
     lines = read_lines(args.prompts, "prompts")
-    texts = read_lines(args.data, "data") if args.data else []
+    texts = [sentence.text for sentence in load_sentences(args)] if args.data else []
     lm, own = from_pretrained("AutoModelForCausalLM", args.model)
     if own.eos_token_id is None:
         raise UsageError(f"the tokenizer of {args.model} has no end token, so no response would end")
@@ -1585,7 +1596,7 @@ def load_function(name: str) -> Score:
         sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
     try:
-        with torch.set_grad_enabled(True):  # what it sets itself ends here
+        with torch.set_grad_enabled(True):  # a gradient mode that it sets ends here
             found = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # of the user's code: any kind
         raise UsageError(f"cannot load the reward function {name}: {brief(error)}") from error
@@ -1618,7 +1629,7 @@ def make_score(args: Args, models: Models) -> Score:
 def call_score(name: str, score: Score, prompts: list[str], responses: list[str]) -> list[float]:
     """Scores of responses; UsageError or NonFiniteError unless there is one finite number for each."""
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # what it sets itself ends here
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # a gradient mode that it sets ends here
             scores = score([*prompts], [*responses])  # copies: it may change them
             scores = list(scores) if isinstance(scores, Iterator) else scores
     except (Exception, SystemExit) as error:  # of the user's code: any kind
@@ -1724,11 +1735,14 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
 
 
 def check_ranks():
-    """UsageError unless the numbers of torchrun are such, where they are set."""
+    """UsageError where a variable of torchrun is set, but not as torchrun sets it."""
     given = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
     for name, number in given.items():
         if not re.fullmatch(r"\d{1,9}", number) or (name == "WORLD_SIZE" and int(number) < 1):
-            raise UsageError(f"the environment variable {name} is {number!r}, which torchrun sets to a number: unset it")
+            raise UsageError(f"the environment variable {name} is {number!r}, no number as torchrun sets it: unset it")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        told = f"RANK is {given['RANK']}, but WORLD_SIZE is {given['WORLD_SIZE']}"
+        raise UsageError(f"{told}: start it with torchrun, or unset both")
 
 
 def write_atomically(file: Path, data: bytes):
@@ -2143,6 +2157,7 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
         runner, agent = Runner(args, models), make_agent(args, models)
         say(f"answering {len(runner.held_out)} prompts to evaluate")
         theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        checkpoint = {"kl": 0.0, "reference": runner.fingerprint} | checkpoint  # older versions saved neither
         check_checkpoint(checkpoint, {"theta": theta, **runner.state_dict()}, models)
         nn.utils.vector_to_parameters(checkpoint["theta"].to(args.device), agent.parameters())
         runner.load_state_dict(checkpoint)
@@ -2157,8 +2172,8 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
     file = Path(args.run_dir, "evaluation.json")
     try:
         write_atomically(file, json.dumps(result, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        result["problems"].append(f"cannot write {file}: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: a measure is not finite
+        result["problems"].append(f"cannot write {file}: {getattr(error, 'strerror', error)}")
     return result
 
 
@@ -2209,6 +2224,10 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
     if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
         say(f"warning: {file} is of another version of this script")
+    threads, most = checkpoint["args"].get("num_threads"), 4 * (os.cpu_count() or 1)
+    if isinstance(threads, int) and threads > most:
+        say(f"warning: {file} is of a run with {threads} threads, but here are at most {most}: the last digits may differ")
+        changes = {"num_threads": most} | changes
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except TypeError as error:

@@ -5,6 +5,7 @@ An edit trains the policy that acts, or stops with a sentence before there is a 
 
 import importlib.util
 import math
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -371,3 +372,15 @@ def test_a_checkpoint_of_another_version_says_so(capsys):
         script.load_policy("run", env="envs:Point-v0")
         err = capsys.readouterr().err
         assert ("warning: run/checkpoint.pt is of another version of this script" in err) == told, err
+
+
+def test_a_checkpoint_of_a_larger_machine_is_read(capsys):
+    """Its number of threads is too large here; that is no reason to refuse it."""
+    train(tiny_args())
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    checkpoint["args"]["num_threads"] = 10_000
+    torch.save(checkpoint, "run/checkpoint.pt")
+    ppo_continuous.load_policy("run", env="envs:Point-v0")
+    assert "run/checkpoint.pt is of a run with 10000 threads, but here are at most" in capsys.readouterr().err
+    args, _ = ppo_continuous.parse_args(["--resume", "run", "--total-timesteps", "2000"])
+    assert args.num_threads == 4 * os.cpu_count()

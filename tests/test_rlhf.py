@@ -403,9 +403,10 @@ def test_rlhf_27_rlhf_30_micro_batches_change_nothing(norm_adv):
     torch.testing.assert_close(*thetas, atol=1e-6, rtol=1e-5)
 
 
-def test_rlhf_33_ptx_adds_the_supervised_gradient():
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_rlhf_33_ptx_adds_the_supervised_gradient(micro_batch):
     args, models, runner, agent = start(
-        ptx_coef=0.7, max_grad_norm=math.inf, adam_eps=1e6
+        ptx_coef=0.7, max_grad_norm=math.inf, adam_eps=1e6, micro_batch=micro_batch
     )  # a step is then rate * gradient / eps
     batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
     before = flat(agent).clone()
@@ -674,6 +675,11 @@ def test_tokenizer_that_adds_the_end_to_a_prompt():
     Path("texts.txt").write_text("the film is good\n")
     models = start(**given)[1]
     assert models.prompts == [[2, 3, 4], [4, 2]] and models.texts == [[2, 3, 4, 8, 1]]
+    save_pretrained("lm", "gpt2")  # this one adds nothing, so an end belongs to the prompt
+    Path("prompts.txt").write_text("the film is <end>\nis the\n")
+    Path("texts.txt").write_text("3,1\tthe film is good\n")  # ratings are no text
+    models = start(**given)[1]
+    assert models.prompts == [[2, 3, 4, 1], [4, 2]] and models.texts == [[2, 3, 4, 8, 1]]
 
 
 def test_pretrained_prompts_that_are_refused():
@@ -784,8 +790,9 @@ def test_a_reward_that_fails_in_one_rank_stops_all(failing):
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"WORLD_SIZE": "0"}, "the environment variable WORLD_SIZE is '0', which torchrun sets to a number: unset it"),
-        ({"RANK": "x"}, "the environment variable RANK is 'x', which torchrun sets to a number: unset it"),
+        ({"WORLD_SIZE": "0"}, "the environment variable WORLD_SIZE is '0', no number as torchrun sets it: unset it"),
+        ({"RANK": "x"}, "the environment variable RANK is 'x', no number as torchrun sets it: unset it"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is 1: start it with torchrun, or unset both"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, as if torchrun had started this, but .*: start it with torchrun, or unset W"),
     ],
 )
@@ -926,9 +933,9 @@ def test_a_run_notices_another_reference(capsys):
     ppo_rlhf.train(tiny("other", seed=2, **given))
     saved = Path("run/models.pt").read_bytes()
     Path("run/models.pt").write_bytes(Path("other/models.pt").read_bytes())
-    with pytest.raises(UsageError, match="the run began with another model or other prompts than are there now"):
+    with pytest.raises(UsageError, match="the run began with other models, prompts or texts than there are now"):
         ppo_rlhf.train(Args(**(read_checkpoint("run")["args"] | {"resume": "run", "total_timesteps": 4 * 64})))
-    with pytest.raises(UsageError, match="the run began with another model or other prompts than are there now"):
+    with pytest.raises(UsageError, match="the run began with other models, prompts or texts than there are now"):
         ppo_rlhf.evaluate(tiny(**given), read_checkpoint("run"))
     Path("run/models.pt").write_bytes(saved)
     assert len(ppo_rlhf.evaluate(tiny(**given), read_checkpoint("run"))["returns"]) == 4
@@ -1007,7 +1014,7 @@ def test_waiting_for_a_stage_of_another_process_is_said(capsys):
         order.append("mine")
     thread.join()
     assert order == ["held", "freed", "mine"]
-    assert "waiting for another process, which is making" in capsys.readouterr().err
+    assert "waiting for another process, which is filling" in capsys.readouterr().err
 
 
 def test_labels_do_not_depend_on_how_ppo_samples(monkeypatch):
@@ -1040,7 +1047,7 @@ def test_evaluation_of_a_saved_run_shows_before_only_what_was_measured_alike(cap
 
 def test_few_prompts_are_said_and_held_out_prompts_are_not_trained_on(capsys):
     assert ppo_rlhf.hold_out([[1], [2]]) == ([[1], [2]], [[1], [2]])
-    assert "warning: there are too few different prompts" in capsys.readouterr().err
+    assert "warning: too few different prompts" in capsys.readouterr().err
     prompts, held_out = ppo_rlhf.hold_out([[i % 20] for i in range(40)])
     assert held_out == [[0], [1]] and prompts == [[i % 20] for i in range(40) if i % 20 > 1]
     assert capsys.readouterr().err == ""
@@ -1055,7 +1062,7 @@ def test_seeds_of_any_size():
 
 
 def test_more_tokens_than_the_model_reads_are_refused_before_the_stages():
-    with pytest.raises(UsageError, match="num_steps is 125: with a prompt of 8 tokens that is more than the 128"):
+    with pytest.raises(UsageError, match="num_steps is 125: with a prompt of 8 tokens it exceeds the 128 that"):
         tiny(num_steps=125, total_timesteps=10_000)
     tiny(num_steps=125, total_timesteps=10_000, prompts="some.txt")  # a prompt of three tokens would fit
 
@@ -1077,17 +1084,19 @@ def test_agreement_without_ratings_is_not_known(capsys):
 
 
 def test_rlhf_27_micro_batches_bound_every_pass(monkeypatch):
-    _, _, runner, agent = start(micro_batch=3, env="words:score")
+    """But those of sampling, which keep no hidden states."""
+    args, models, runner, agent = start(micro_batch=3, env="words:score", ptx_coef=1.0)
     whole = start(env="words:score")[2:]
-    rows, forward = [], Agent.forward
+    rows, hidden = [], GPT.hidden
 
-    def counted(self, tokens, *rest, **named):
-        rows.append(len(tokens))
-        return forward(self, tokens, *rest, **named)
+    def counted(self, tokens, mask, cache=None):
+        rows.extend([len(tokens)] if cache is None else [])
+        return hidden(self, tokens, mask, cache)
 
-    monkeypatch.setattr(Agent, "forward", counted)
+    monkeypatch.setattr(GPT, "hidden", counted)
     batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
     measures, _ = runner.evaluate(agent)
+    update_once(args, models, ppo_rlhf.make_agent(args, models), batch)
     assert max(rows) == 3
     other, _ = ppo_rlhf.make_batch(whole[1], whole[0].play(whole[1], 1), whole[0])
     torch.testing.assert_close(batch.logprob, other.logprob, atol=1e-5, rtol=1e-5)
@@ -1116,10 +1125,58 @@ def test_a_reward_may_change_its_lists_and_switch_gradients_off():
     assert [len(sample.response) for sample in rollout.samples] == rollout.raw.tolist() and torch.is_grad_enabled()
     drawn = torch.rand(1)
     runner.score = lambda prompts, responses: [1.0] * len(responses)
-    runner.global_step = 0
     runner.play(agent, 1)
     assert torch.equal(torch.rand(1), drawn)  # what the reward draws changes nothing
     ppo_rlhf.train(tiny(env="own:score", total_timesteps=64))
+
+
+def test_a_reward_that_draws_numbers_of_torch_resumes_to_the_same_bits():
+    write_function("import torch; return torch.rand(len(responses)).tolist()")
+    changes = {"env": "own:score", "anneal_lr": False, "eval_every": 2}
+    ppo_rlhf.train(tiny("whole", **changes))
+    ppo_rlhf.train(tiny("part", total_timesteps=2 * 64, **changes))
+    torch.manual_seed(7)
+    part = read_checkpoint("part")["args"]
+    ppo_rlhf.train(Args(**(part | {"resume": "part", "run_dir": "part", "total_timesteps": 4 * 64})))
+    assert equal(read_checkpoint("part")["theta"], read_checkpoint("whole")["theta"])
+    assert Path("part/evaluations.jsonl").read_bytes() == Path("whole/evaluations.jsonl").read_bytes()
+
+
+def test_a_checkpoint_of_an_older_version_is_evaluated_and_not_resumed(capsys):
+    ppo_rlhf.train(tiny(env="words:score"))
+    checkpoint = read_checkpoint("run")
+    older = {key: value for key, value in checkpoint.items() if key not in ("kl", "reference")} | {"script_sha256": "0"}
+    assert len(ppo_rlhf.evaluate(tiny(env="words:score"), older)["returns"]) == 4
+    torch.save(older, "run/checkpoint.pt")
+    with pytest.raises(UsageError, match="the checkpoint is incomplete: it has no kl"):
+        ppo_rlhf.train(Args(**(checkpoint["args"] | {"resume": "run", "total_timesteps": 6 * 64})))
+
+
+def test_the_unit_of_the_score_is_that_of_rank_0():
+    """A reward need not say the same in all ranks."""
+    write_function("return [len(response) * (1.0 + int(os.environ['RANK'])) for response in responses]")
+    Path("own.py").write_text("import os\n" + Path("own.py").read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
+    flags = words(env="own:score", num_envs=4, total_timesteps=64, eval_episodes=0)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    saved = read_checkpoint("run")
+    _, _, runner, agent = start(env="words:score")
+    runner.score = lambda prompts, responses: [float(len(response)) for response in responses]
+    runner.measure_scores()
+    assert (saved["score_mean"], saved["score_std"]) == (runner.score_mean, runner.score_std)
+    second = read_jsonl("run/episodes.jsonl")[4:]
+    for episode, sample in zip(
+        second, runner.respond(agent, runner.pick_prompts(1), played(1), slice(4, 8)).samples, strict=True
+    ):
+        assert episode["return"] == pytest.approx((2 * len(sample.response) - saved["score_mean"]) / saved["score_std"])
+
+
+def played(iteration: int, seed: int = 1) -> np.random.Generator:
+    """The generator of an iteration, from which play has drawn its seed."""
+    rng = np.random.default_rng([seed, 2, iteration])
+    rng.integers(2**31)
+    return rng
 
 
 def test_without_pip_there_is_one_sentence(monkeypatch, tmp_path):
