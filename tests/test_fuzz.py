@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import typing
 import zipfile
@@ -41,6 +42,9 @@ ONLY = os.environ.get("PPO_FUZZ_ONLY", "")
 SECONDS, MEMORY = 60, 4 * 2**30
 REAL = 8  # every eighth case is a process of its own
 
+FUZZED = (*SCRIPTS, "ppo_rlhf")
+CACHE = Path(tempfile.gettempdir(), f"ppo_fuzz_{os.getuid()}")  # of the stages of ppo_rlhf.py
+
 Flags = dict[str, list[str]]  # flag -> its values, [] for a switch
 POINT: Flags = {"--env": ["envs:Point-v0"], "--num-steps": ["16"], "--total-timesteps": ["64"], "--eval-episodes": ["1"]}
 POINT |= {"--num-envs": ["2"], "--num-minibatches": ["2"], "--update-epochs": ["1"], "--no-compile": []}
@@ -51,6 +55,9 @@ TINY: dict[str, Flags] = {
     "ppo_atari": POINT
     | {"--env": ["Breakout"], "--num-steps": ["8"], "--total-timesteps": ["32"], "--max-episode-steps": ["40"]}
     | {"--num-threads": ["1"]},
+    "ppo_rlhf": {"--env": ["rewards:score"], "--data": ["texts.tsv"], "--num-steps": ["4"], "--total-timesteps": ["32"]}
+    | {"--num-envs": ["4"], "--num-minibatches": ["2"], "--update-epochs": ["1"], "--eval-episodes": ["2"]}
+    | {"--vocabulary": ["270"], "--width": ["32"], "--layers": ["1"], "--sft-epochs": ["1"], "--num-comparisons": ["64"]},
 }
 
 TEXTS = [
@@ -74,7 +81,8 @@ TEXTS = [
 ]
 HUGE = [10**7, 2**31 - 1, 2**31, 2**32, 10**12, 2**63 - 1, 2**63, 10**30]
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 7, *HUGE]
-LONG = {"total_timesteps", "update_epochs", "eval_episodes"}  # huge ones are valid and take for ever
+# huge ones are valid and take for ever
+LONG = {"total_timesteps", "update_epochs", "eval_episodes", "sft_epochs", "num_comparisons"}
 LOOPS = {"noop_max", "frame_skip"}  # likewise up to what their type holds
 FLOATS = [-1.0, -0.0, 0.0, 1e-320, 1e-8, 0.5, 1.0, 1.0000001, 3.0, 1e39, 1e308, math.inf, -math.inf, math.nan]
 ENVS = {
@@ -83,6 +91,18 @@ ENVS = {
     "ppo_atari": ["Pong", "Breakout-v5", "BreakoutNoFrameskip-v4", "SpaceInvaders", "MontezumaRevenge"],
 }
 ENVS["ppo_kl_penalty"] = ENVS["ppo_continuous"]
+ENVS["ppo_rlhf"] = [
+    "human",
+    "rewards:score",
+    "rewards:equal",
+    "rewards:huge",
+    "rewards:tiny",
+    "rewards:short",
+    "rewards:raises",
+]
+ENVS["ppo_rlhf"] += ["rewards:not_a_number", "rewards:nothing", "rewards:leaves", "rewards:words", "rewards:one_argument"]
+ENVS["ppo_rlhf"] += ["rewards:no_function", "rewards:missing"]
+FILES = ["texts.tsv", "plain.txt", "short.txt", "latin.txt", "marked.txt", "empty.txt"]
 BAD_ENVS = ["", " ", "breakout", "ALE/Breakout-v5", "Breakout-ram-v0", "Hopper-v99", "Hopper-v2", "halfcheetah", "CartPole-v1"]
 BAD_ENVS += ["no_module:X-v0", "os:X-v0", "envs:", ":", "a:b:c", "../x", "envs:Point-v0/..", "x" * 5000, "ünïcode", "\udcff"]
 BAD_ENVS += ["envs:NaNObservation-v0", "envs:NaNReward-v0", "envs:DiscreteObservations-v0", "envs:IntegerActions-v0"]
@@ -169,6 +189,18 @@ CONFLICTS_OF = {
         ["--env", "Hopper", "--discretize-actions", "100000000"],
         ["--env", "Hopper", "--no-share-params"],
     ],
+    "ppo_rlhf": [
+        ["--kl-horizon", "0.8"],
+        ["--kl-horizon", "0.9", "--kl-target", "1e-300"],
+        ["--value-warmup", "2"],
+        ["--value-warmup", "1", "--value", "separate", "--ptx-coef", "1"],
+        ["--model", "empty", "--prompts", "plain.txt"],
+        ["--reward-model", "empty"],
+        ["--num-steps", "121", "--total-timesteps", "10000"],
+        ["--temperature", "1e-6", "--eval-temperature", "1e-6"],
+        ["--micro-batch", "1", "--ptx-coef", "1", "--prompts", "plain.txt"],
+        ["--max-kl", "1e-300", "--eval-every", "1"],
+    ],
     "ppo_atari": [["--stack-num", "1000000000"], ["--env", "Pong", "--precision", "bfloat16"], ["--noop-max", "2147483648"]],
 }
 
@@ -225,6 +257,8 @@ def draw_value(rng: random.Random, script: str, name: str, kind: Any, others: li
         return [str(rng.choice(others))]
     if name == "env":
         return [rng.choice(ENVS[script] * 3 + BAD_ENVS)]
+    if name in ("data", "prompts", "model", "reward_model"):
+        return [rng.choice([*PLACES, *FILES * 3])]
     if name in ("run_dir", "resume", "evaluate"):
         return [rng.choice([*PLACES, "run"])]
     if name == "device":
@@ -398,7 +432,8 @@ def other_statistics(rng, run: Path, script: str):
         state = checkpoint[rng.choice([key for key in ("obs_rms", "return_rms") if key in checkpoint])]
         state[rng.choice(["mean", "m2"])] = rng.choice([torch.zeros(77), torch.zeros(2, 2), torch.zeros(0)])
 
-    rewrite(run, change if script != "ppo_atari" else lambda checkpoint: checkpoint.update(updates=math.nan))
+    simple = {"ppo_atari": {"updates": math.nan}, "ppo_rlhf": {"score_std": rng.choice([0.0, -1.0, math.inf])}}
+    rewrite(run, change if script not in simple else lambda checkpoint: checkpoint.update(simple[script]))
 
 
 def other_adam(rng, run: Path, script: str):
@@ -534,6 +569,20 @@ def no_logs(rng, run: Path, script: str):
     rng.choice([file.unlink, lambda: file.write_text(""), lambda: (file.unlink(), file.mkdir())])()
 
 
+def spoil_models(rng, run: Path, script: str):
+    """What ppo_rlhf.py began with; the other scripts have no such file."""
+    if (file := run / "models.pt").is_file():
+        state = torch.load(file, weights_only=True)
+        state[rng.choice(list(state))] = rng.choice([None, "text", -1, [], {}, [[-1]], [["a"]], torch.zeros(3), {"lm": 1}])
+        torch.save(rng.choice([state, state, {}, None, torch.zeros(3)]), file)
+
+
+def spoil_logs(rng, run: Path, script: str):
+    for file in run.glob("*.jsonl"):
+        data = file.read_bytes()
+        file.write_bytes(rng.choice([data, data + b'{"iteration": 1, "sco', data + b"\xff\n", data + b"[]\n", b"3\n" + data]))
+
+
 def temporary_file(rng, run: Path, script: str):
     """What a kill or somebody left: a half-written checkpoint, a folder or a link to a file of the user."""
     file = run / "checkpoint.tmp"
@@ -576,6 +625,8 @@ DAMAGES: dict[str, tuple[Callable, bool]] = {
     "other kind": (other_kind, True),
     "no dictionary": (no_dictionary, True),
     "no logs": (no_logs, False),
+    "logs spoilt": (spoil_logs, False),
+    "models spoilt": (spoil_models, False),
     "temporary file": (temporary_file, False),
     "a folder": (a_folder, True),
     "module of a stranger": (stranger, True),
@@ -590,6 +641,17 @@ def furnish(folder: Path, whole: Path, case: Case):
     """The folder that a case starts in: empty but for what its words may name."""
     folder.mkdir()
     words = " ".join(case.words)
+    if case.script == "ppo_rlhf":
+        lines = [
+            f"{i % 7 - 3},{i % 5 - 2}\tthe film is {['good', 'bad', 'dull', 'fine'][i % 4]} and {i} of the others"
+            for i in range(60)
+        ]
+        (folder / "texts.tsv").write_text("\n".join(lines) + "\n")
+        for name in FILES[1:]:
+            if name in words:
+                data = {"short.txt": b"a\n", "latin.txt": b"a\xe9b\n", "marked.txt": "\ufeffone two\u2028three\n".encode()}
+                plain = b"" if name == "empty.txt" else b"the film is good\nand others\n\n"
+                (folder / name).write_bytes(data.get(name, plain))
     if case.damage:
         shutil.copytree(whole, folder / "run")
     for name in ("full", "empty"):
@@ -607,6 +669,11 @@ def furnish(folder: Path, whole: Path, case: Case):
         DAMAGES[case.damage][0](random.Random(f"{SEED} {case.name} damage"), folder / "run", case.script)
 
 
+def surroundings(script: str) -> dict[str, str]:
+    """Variables for ppo_rlhf.py: stages are trained once, and no model is looked for elsewhere."""
+    return {"XDG_CACHE_HOME": str(CACHE), "HF_HUB_OFFLINE": "1"} if script == "ppo_rlhf" else {}
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Relative path -> what it is, with a hash of each file."""
     found = {}
@@ -620,7 +687,8 @@ def execute(case: Case, folder: Path) -> tuple[Ended, str, str]:
     """Runs it: (how it ended, stdout, stderr)."""
     out, err = Path(f"{folder}.out"), Path(f"{folder}.err")
     if not case.real:
-        child = Warm(case.script, case.words, folder, case.stdout or out, err, case.env, case.limits)
+        env = surroundings(case.script) | case.env
+        child = Warm(case.script, case.words, folder, case.stdout or out, err, env, case.limits)
         leader: int = child.process.pid
         ended = watch(leader, lambda: child.process.exitcode, SECONDS, MEMORY)
     else:
@@ -630,7 +698,12 @@ def execute(case: Case, folder: Path) -> tuple[Ended, str, str]:
             command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
         with open(case.stdout or out, "ab") as stdout, open(err, "ab") as stderr:
             process = subprocess.Popen(
-                command, cwd=folder, env=os.environ | case.env, stdout=stdout, stderr=stderr, start_new_session=True
+                command,
+                cwd=folder,
+                env=os.environ | surroundings(case.script) | case.env,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
             )
         leader = process.pid
         ended = watch(leader, process.poll, SECONDS, MEMORY)
@@ -692,7 +765,10 @@ def whole(tmp_path_factory) -> Callable[[str], Path]:
         if script not in made:
             folder = tmp_path_factory.mktemp(script)
             words = [word for flag, values in TINY[script].items() for word in (flag, *values)]
-            child = Warm(script, [*words, "--run-dir", "run"], folder)
+            if script == "ppo_rlhf":
+                furnish(folder / "here", folder, Case("", script, [], False))
+                folder /= "here"
+            child = Warm(script, [*words, "--run-dir", "run"], folder, env=surroundings(script))
             assert child.wait() == 0, child.stderr.read_text()
             made[script] = folder / "run"
         return made[script]
@@ -701,10 +777,10 @@ def whole(tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FUZZED)
 def test_every_command_line_ends_in_one_sentence(script, whole, tmp_path):
     failed, codes = [], []
-    for number in range(math.ceil(CASES / len(SCRIPTS))):
+    for number in range(math.ceil(CASES / len(FUZZED))):
         case = draw_case(script, number)
         if ONLY and case.name != ONLY:
             continue

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ppo_continuous", "ppo_kl_penalty", "ppo_shared_params", "ppo_atari")
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["warm", "envs", *SCRIPTS])
+CONTEXT.set_forkserver_preload(["warm", "envs", "rewards", *SCRIPTS, "ppo_rlhf"])
 
 
 def run_main(name: str, words: list[str], folder: str, env: dict[str, str], stdout: str, stderr: str, limits: dict[int, int]):
