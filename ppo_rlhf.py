@@ -2272,27 +2272,31 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     return args, checkpoint
 
 
-def read_log(args: Args, name: str) -> list[dict]:
-    """Records of a log of the run; none where it is missing. What a crash has cut off is no record."""
-    file = Path(args.run_dir) / name
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+def read_before(args: Args) -> tuple[dict[str, float], list[str]]:
+    """Measures and responses from before the training; none where they were measured in another way than args say."""
+    names = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+    try:  # what a crash has cut off is no record
+        texts = [Path(args.run_dir, name).read_text().split("\n")[:-1] for name in names]
+        (started, *_), (first, *_), samples = ([json.loads(line) for line in lines] for lines in texts)
+        if any(started["args"][name] != getattr(args, name) for name in ("eval_episodes", "eval_temperature")):
+            return {}, []
+        return {k: float(v) for k, v in first.items()}, [str(x["response"]) for x in samples if x["iteration"] == 0]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):  # ValueError: also no first record
+        say(f"the logs in {args.run_dir} do not say what was measured before the training")
+        return {}, []
 
 
 def tell_evaluation(args: Args, evaluation: dict):
     """The closing lines, with what was measured and answered before the training; exit code 1 where something is missing."""
     if evaluation["problems"]:
         sys.exit(f"{Path(__file__).name}: {'; '.join(evaluation['problems'])}")
-    started, first, samples = (read_log(args, name) for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"))
-    same = ("eval_episodes", "eval_temperature")  # only what was measured alike is shown beside it
-    if not started or any(started[0]["args"].get(name) != getattr(args, name) for name in same):
-        first, samples = [], []
-    before, samples = first[0] if first else {}, [sample for sample in samples if sample["iteration"] == 0]
+    before, responses = read_before(args)
     for name in [name for name in before if name in evaluation]:
         print(f"{name:>13}: {before[name]:8.3f} -> {evaluation[name]:8.3f}")
     for name in [name for name in evaluation if not before and isinstance(evaluation[name], float)]:
         print(f"{name:>13}: {evaluation[name]:8.3f}")
-    for old, (prompt, answer, _) in list(itertools.zip_longest(samples, evaluation["samples"]))[:5]:
-        print(f"\n  {prompt}|" + (f"\n    before: {old['response']}" if old else "") + f"\n    after:  {answer}")
+    for i, (prompt, answer, _) in enumerate(evaluation["samples"][:5]):
+        print(f"\n  {prompt}|" + (f"\n    before: {responses[i]}" if i < len(responses) else "") + f"\n    after:  {answer}")
 
 
 def main():
