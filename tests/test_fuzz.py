@@ -23,7 +23,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import types
 import typing
 import zipfile
@@ -34,7 +33,7 @@ from typing import Any
 import pytest
 import torch
 
-from warm import ROOT, SCRIPTS, Ended, Warm, kill_session, watch
+from warm import CACHE, ROOT, SCRIPTS, Ended, Warm, kill_session, watch
 
 CASES = int(os.environ.get("PPO_FUZZ_CASES", "440"))
 SEED = int(os.environ.get("PPO_FUZZ_SEED", "1"))
@@ -43,7 +42,6 @@ SECONDS, MEMORY = 60, 4 * 2**30
 REAL = 8  # every eighth case is a process of its own
 
 FUZZED = (*SCRIPTS, "ppo_rlhf")
-CACHE = Path(tempfile.gettempdir(), f"ppo_fuzz_{os.getuid()}")  # of the stages of ppo_rlhf.py
 
 Flags = dict[str, list[str]]  # flag -> its values, [] for a switch
 POINT: Flags = {"--env": ["envs:Point-v0"], "--num-steps": ["16"], "--total-timesteps": ["64"], "--eval-episodes": ["1"]}
@@ -642,11 +640,7 @@ def furnish(folder: Path, whole: Path, case: Case):
     folder.mkdir()
     words = " ".join(case.words)
     if case.script == "ppo_rlhf":
-        lines = [
-            f"{i % 7 - 3},{i % 5 - 2}\tthe film is {['good', 'bad', 'dull', 'fine'][i % 4]} and {i} of the others"
-            for i in range(60)
-        ]
-        (folder / "texts.tsv").write_text("\n".join(lines) + "\n")
+        shutil.copy(ROOT / "tests" / "texts.tsv", folder)
         for name in FILES[1:]:
             if name in words:
                 data = {"short.txt": b"a\n", "latin.txt": b"a\xe9b\n", "marked.txt": "\ufeffone two\u2028three\n".encode()}

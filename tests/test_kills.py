@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from helpers import equal
-from warm import ROOT, SCRIPTS, Warm
+from warm import CACHE, ROOT, SCRIPTS, Warm
 
 KILLS = int(os.environ.get("PPO_KILLS", "25"))
 SEED = int(os.environ.get("PPO_KILLS_SEED", "1"))
@@ -35,11 +35,14 @@ WORDS = {
     "ppo_shared_params": f"{COMMON} {SIZES} --env CartPole-v1 --norm-obs step",
     "ppo_atari": f"{COMMON} --env Breakout --num-steps 8 --total-timesteps 384 --checkpoint-every 4 --max-episode-steps 30 "
     "--num-threads 1",
+    "ppo_rlhf": f"--env human --data {ROOT}/tests/texts.tsv --num-envs 4 --num-steps 4 --num-minibatches 2 "
+    "--total-timesteps 640 --update-epochs 2 --eval-episodes 3 --eval-every 7 --checkpoint-every 4 --vocabulary 270 --width 32 --layers 1 "
+    "--sft-epochs 1 --num-comparisons 64",
 }
 
 
 def start(script: str, folder: Path, *words: str) -> Warm:
-    return Warm(script, list(words), folder)
+    return Warm(script, list(words), folder, env={"XDG_CACHE_HOME": str(CACHE)})
 
 
 def next_words(script: str, folder: Path, run_dir: str = "run") -> list[str]:
@@ -60,7 +63,9 @@ def assert_same_run(a: Path, b: Path):
     assert old.keys() == new.keys()
     for key in old.keys() - {"args", "log_sizes", "wandb_id"}:
         assert equal(old[key], new[key]), key
-    assert (a / "episodes.jsonl").read_bytes() == (b / "episodes.jsonl").read_bytes()
+    for name in ("episodes.jsonl", "evaluations.jsonl", "samples.jsonl"):  # the latter two are those of ppo_rlhf.py
+        assert (a / name).is_file() == (b / name).is_file()
+        assert not (a / name).is_file() or (a / name).read_bytes() == (b / name).read_bytes()
     assert read_log(a / "metrics.jsonl") == read_log(b / "metrics.jsonl")
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))  # no checkpoint.tmp either
 
@@ -98,7 +103,7 @@ def last_line(child: Warm) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "ppo_rlhf"])
 def test_killed_at_random_moments(script, whole, tmp_path):
     """SIGKILL after a random time, or shortly after a random iteration: start, updates and checkpoints are hit."""
     reference, seconds = whole(script)

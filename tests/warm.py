@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ppo_continuous", "ppo_kl_penalty", "ppo_shared_params", "ppo_atari")
+CACHE = Path(tempfile.gettempdir(), f"ppo_tests_{os.getuid()}")  # of the stages of ppo_rlhf.py, which are trained once
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["warm", "envs", "rewards", *SCRIPTS, "ppo_rlhf"])
 
