@@ -35,8 +35,8 @@ WORDS = {
     "ppo_shared_params": f"{COMMON} {SIZES} --env CartPole-v1 --norm-obs step",
     "ppo_atari": f"{COMMON} --env Breakout --num-steps 8 --total-timesteps 384 --checkpoint-every 4 --max-episode-steps 30 "
     "--num-threads 1",
-    "ppo_rlhf": f"--env human --data {ROOT}/tests/texts.tsv --num-envs 4 --num-steps 4 --num-minibatches 2 "
-    "--total-timesteps 640 --update-epochs 2 --eval-episodes 3 --eval-every 7 --checkpoint-every 4 --vocabulary 270 --width 32 --layers 1 "
+    "ppo_rlhf": f"--env human --data {ROOT}/tests/texts.tsv --num-envs 4 --num-steps 4 --num-minibatches 2 --update-epochs 2 "
+    "--total-timesteps 640 --eval-episodes 3 --eval-every 7 --checkpoint-every 4 --vocabulary 270 --width 32 --layers 1 "
     "--sft-epochs 1 --num-comparisons 64",
 }
 
