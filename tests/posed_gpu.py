@@ -179,6 +179,7 @@ class Rename(TorchFunctionMode):
 def pose():
     """torch as it is with one GPU, which is the posed device."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)  # type: ignore[attr-defined]
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: 1
     cuda.set_device, cuda.get_device_name = lambda device: None, lambda device=None: "posed GPU"
@@ -192,7 +193,8 @@ def main():
     sys.modules[Path(SCRIPT).stem] = script
     spec.loader.exec_module(script)  # type: ignore[union-attr]
     pose()
-    args, _ = script.parse_args(["--device", "cuda", "--no-compile", *sys.argv[2:]])
+    eager = ["--no-compile"] if hasattr(script.Args, "compile") else []
+    args, _ = script.parse_args(["--device", "cuda", *eager, *sys.argv[2:]])
     with Rename(), Dispatch():
         script.train(args)
     print(json.dumps(EVENTS))
