@@ -749,7 +749,7 @@ class Runner:
     SAVED = ("global_step", "kl_coef", "kl", "score_mean", "score_std")
 
     def __init__(self, args: Args, models: Models):
-        self.args, self.tokenizer = args, models.tokenizer
+        self.args, self.models, self.tokenizer = args, models, models.tokenizer
         self.prompts, self.held_out = models.prompts, models.held_out_prompts[: args.eval_episodes]
         longest = max(map(len, self.prompts + self.held_out)) + args.num_steps
         if longest > models.lm.context:
@@ -2019,7 +2019,7 @@ class Run:
             f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
             flush=True,
         )
-        result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], closing=True) if args.eval_episodes else {}
+        result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], runner.models) if args.eval_episodes else {}
         if self.wandb:
             log_evaluation(self.wandb, result)
             self.wandb.finish()
@@ -2144,16 +2144,17 @@ def log_evaluation(wandb: Any, result: dict):
         wandb.log({"evaluation/video": wandb.Video(str(gif), format="gif")}, step=result["global_step"])
 
 
-def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
+def evaluate(args: Args, checkpoint: dict, models: Models | None = None) -> dict:
     """Answers args.eval_episodes prompts of held-out texts, and writes args.run_dir/evaluation.json.
 
     Returns the measures of Runner.evaluate and of the stages, "returns", the score of each response, and "samples".
-    closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
+    models: those of a training that has just ended and is saved; then whatever fails here is a problem to report, no error.
     """
     torch.set_num_threads(args.num_threads)
     result: dict[str, Any] = {"returns": [], "samples": [], "problems": []}
+    closing = models is not None
     try:
-        models = load_models(args)
+        models = models or load_models(args)
         runner, agent = Runner(args, models), make_agent(args, models)
         say(f"answering {len(runner.held_out)} prompts to evaluate")
         theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
@@ -2292,9 +2293,9 @@ def tell_evaluation(args: Args, evaluation: dict):
         sys.exit(f"{Path(__file__).name}: {'; '.join(evaluation['problems'])}")
     before, responses = read_before(args)
     for name in [name for name in before if name in evaluation]:
-        print(f"{name:>13}: {before[name]:8.3f} -> {evaluation[name]:8.3f}")
+        print(f"{name:>13}: {before[name]:z8.3f} -> {evaluation[name]:z8.3f}")
     for name in [name for name in evaluation if not before and isinstance(evaluation[name], float)]:
-        print(f"{name:>13}: {evaluation[name]:8.3f}")
+        print(f"{name:>13}: {evaluation[name]:z8.3f}")
     for i, (prompt, answer, _) in enumerate(evaluation["samples"][:5]):
         print(f"\n  {prompt}|" + (f"\n    before: {responses[i]}" if i < len(responses) else "") + f"\n    after:  {answer}")
 
