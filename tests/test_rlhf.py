@@ -27,6 +27,8 @@ from ppo_rlhf import BOS, EOS, GPT, PAD, Agent, Args, Batch, NonFiniteError, Rew
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import exact
 
+from test_posed_gpu import run_posed
+
 GOOD, BAD = ("good", "great", "lovely", "funny"), ("bad", "dull", "awful", "sad")
 TINY = {
     "env": "human",
@@ -1185,6 +1187,24 @@ def test_without_pip_there_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(Path("bare/bin/python").absolute()))
     with pytest.raises(UsageError, match=r"No module named pip\): give texts with --data FILE"):
         ppo_rlhf.load_sentences(tiny(data=""))
+
+
+def test_the_path_of_a_gpu_of_language_models(monkeypatch):
+    """All stages of ppo_rlhf.py. The stand-in has other kernels for attention, so the last digits differ."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
+    script, data = Path(ppo_rlhf.__file__), Path(__file__).with_name("texts.tsv")
+    flags = f"--env human --data {data} --num-envs 4 --num-steps 4 --num-minibatches 2 --update-epochs 2"
+    flags += " --total-timesteps 48 --eval-episodes 3 --vocabulary 270 --width 32 --layers 1 --sft-epochs 1"
+    flags += " --num-comparisons 64 --ptx-coef 1 --value separate --value-warmup 1 --target-kl 1 --run-dir"
+    done = run_posed(script, f"{flags} posed")
+    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, str(script), *flags.split(), "cpu"], check=True, capture_output=True)
+    posed, cpu = read_checkpoint("posed"), read_checkpoint("cpu")
+    assert posed["args"]["device"] == "cuda"
+    assert posed["iteration"] == 3
+    torch.testing.assert_close(posed["theta"], cpu["theta"], atol=1e-4, rtol=0)
+    texts = [[record["response"] for record in read_jsonl(f"{run_dir}/samples.jsonl")] for run_dir in ("posed", "cpu")]
+    assert texts[0] == texts[1]
 
 
 # bad input
