@@ -112,7 +112,8 @@ class NonFiniteError(RuntimeError):
 # Flags. The help is the comment at the field. The bounds are in the type: in words, and as a test.
 
 Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
-Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
+MOST_THREADS = 4 * (os.cpu_count() or 1)
+Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= MOST_THREADS)]
 Frames = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 10000", lambda x: x <= 10**4)]
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
@@ -1624,10 +1625,11 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
     if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
         say(f"warning: {file} is of another version of this script")
-    threads, most = checkpoint["args"].get("num_threads"), 4 * (os.cpu_count() or 1)
-    if isinstance(threads, int) and threads > most:
-        say(f"warning: {file} is of a run with {threads} threads, but here are at most {most}: the last digits may differ")
-        changes = {"num_threads": most} | changes
+    threads = checkpoint["args"].get("num_threads")
+    if isinstance(threads, int) and threads > MOST_THREADS:
+        few = f"but here are at most {MOST_THREADS}: the last digits may differ"
+        say(f"warning: {file} is of a run with {threads} threads, {few}")
+        changes = {"num_threads": MOST_THREADS} | changes
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except TypeError as error:

@@ -107,7 +107,8 @@ class NonFiniteError(RuntimeError):
 # Flags. The help is the comment at the field. The bounds are in the type: in words, and as a test.
 
 Count = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 2147483647", lambda x: x < 2**31)]
-Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= 4 * os.cpu_count())]
+MOST_THREADS = 4 * (os.cpu_count() or 1)
+Cores = Annotated[int, ("be at least 1", lambda x: x >= 1), ("be at most 4 per core", lambda x: x <= MOST_THREADS)]
 Episodes = Annotated[int, ("be finite and at least 0", lambda x: x >= 0), ("be at most 1000000", lambda x: x <= 10**6)]
 Seed = Annotated[int, ("be finite and at least 0", lambda x: x >= 0)]
 Temperature = Annotated[float, ("be at least 1e-6", lambda x: x >= 1e-6), ("be finite", math.isfinite)]
@@ -439,6 +440,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.embedding.weight.T
+
+
+def seed_torch(seed: int):
+    """Sets torch's random numbers; a seed may have more bits than torch takes."""
+    torch.manual_seed(seed % 2**63)
 
 
 def pad_rows(rows: list[list[int]], left: bool, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -789,7 +795,7 @@ class Runner:
         if self.args.norm_score:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
-            torch.manual_seed(self.args.seed % 2**63)  # for a reward that draws
+            seed_torch(self.args.seed)  # for a reward that draws
             raw = in_all_ranks(self.args, lambda: self.respond(self.reference, rows, rng)).raw.numpy()
             unit = [float(raw.mean()), float(raw.std())]
             if unit[1] <= 1e-9 * abs(unit[0]):  # all scores are equal, but for rounding
@@ -840,10 +846,10 @@ class Runner:
         args, N = self.args, self.args.num_envs
         rng = np.random.default_rng([args.seed, 2, iteration])
         seed = int(rng.integers(2**31))
-        torch.manual_seed(seed)  # for a reward that draws
+        seed_torch(seed)  # for a reward that draws
         mine = slice(args.rank * N, (args.rank + 1) * N)
         rollout = in_all_ranks(args, lambda: self.respond(agent, self.pick_prompts(iteration), rng, mine))
-        torch.manual_seed(seed)  # for the order of the minibatches, however much the reward drew
+        seed_torch(seed)  # for the order of the minibatches, however much the reward drew
         self.global_step += args.batch_size
         lengths = rollout.responses.valid.sum(1).tolist()
         episodes = [(self.global_step, sample.score, n) for sample, n in zip(rollout.samples, lengths, strict=True)]
@@ -868,7 +874,7 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[Sample]]:
         """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
-        torch.manual_seed(self.args.seed % 2**63)  # for a reward that draws
+        seed_torch(self.args.seed)  # for a reward that draws
         sampler = copy.copy(agent)  # with the same networks
         sampler.temperature = agent.temperature * self.args.eval_temperature
         rollouts = [
@@ -998,7 +1004,7 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
 
 def make_agent(args: Args, models: Models) -> Agent:
     """The policy as it begins, equal to the reference, with its value function."""
-    torch.manual_seed(args.seed % 2**63)
+    seed_torch(args.seed)
     value_lm = None
     if args.value == "separate":  # [rlhf 12]
         value_lm = copy.deepcopy(models.reward_model.lm if models.reward_model else models.lm)
@@ -1205,7 +1211,7 @@ def train_supervised(args: argparse.Namespace, texts: list[str], unseen: list[st
     """A tokenizer, and the GPT that predicts the next token of the texts; its loss on unseen ones, in nats a token."""
     tokenizer = Tokenizer.train(texts, args.vocabulary)
     rows, unseen_rows = ([frame(tokenizer, text) for text in part] for part in (texts, unseen))
-    torch.manual_seed(args.seed % 2**63)
+    seed_torch(args.seed)
     lm = GPT(len(tokenizer.bytes), args.width, args.layers, CONTEXT).to(args.device)
     per_epoch = math.ceil(len(rows) / 32)
     steps, batches = args.sft_epochs * per_epoch, list[list[list[int]]]()
@@ -1305,7 +1311,7 @@ def train_reward_model(
     """One pass over pairs (better, worse): the loss is -log sigmoid(r(better) - r(worse)) (Bradley & Terry 1952)."""
     human = args.env == "human"
     pairs = compare_by_people(texts, args.num_comparisons, rng) if human else compare_by_vader(args, models, rng)
-    torch.manual_seed(args.seed % 2**63)
+    seed_torch(args.seed)
     model = RewardModel(copy.deepcopy(models.lm), args.reward_pool, args.head_init).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     for start in progress(range(0, len(pairs), 64), "reward model"):
@@ -1330,18 +1336,20 @@ def agreement(scores: list[float], truth: list[float]) -> float | None:
     return same / known if known else None
 
 
-def keep(stage: argparse.Namespace, made_of: list, sections: list[str], make: Callable[[], dict]) -> dict:
-    """What make() returns, from the cache where the same code has made it of the same before.
+def keep(args: Args, names: list[str], made_of: list, sections: list[str], make: Callable[[argparse.Namespace], dict]) -> dict:
+    """What make(settings) returns, from the cache where the same code has made it of the same before.
 
-    stage: all settings that the code reads; made_of: what it reads besides; sections: headings of this file with the code.
+    names: of the settings; it gets these and no others, for the cache goes by them. made_of: what it reads besides.
+    sections: headings of this file with its code.
     """
+    settings = argparse.Namespace(**{name: getattr(args, name) for name in names})
     code = [part for part in SECTIONS if part.startswith(tuple(f"# {section}" for section in sections))]
-    known = json.dumps([vars(stage), made_of, torch.__version__, code])
+    known = json.dumps([vars(settings), made_of, torch.__version__, code])
     key = hashlib.sha256(known.encode()).hexdigest()[:16]
     with open_cache(key) as cache:
         file = cache / f"{key}.pt"
         if not file.is_file():
-            write_tensors(make(), file)
+            write_tensors(make(settings), file)
         try:
             state = read_tensors(file)
         except UsageError as error:
@@ -1370,11 +1378,10 @@ def load_models(args: Args) -> Models:
     if not rest:
         raise UsageError("data needs at least two texts")
 
-    # a stage knows the settings that are named here and no others, for the cache goes by them and by the code
     names = ["seed", "device", "num_threads", "vocabulary", "width", "layers", "sft_epochs"]
     sections = ["Language model", "Stages"]
-    stage = argparse.Namespace(**{name: getattr(args, name) for name in names})
-    state = keep(stage, sentences, sections, lambda: train_supervised(stage, [s.text for s in rest], [s.text for s in held]))
+    texts, unseen = ([s.text for s in part] for part in (rest, held))
+    state = keep(args, names, sentences, sections, lambda settings: train_supervised(settings, texts, unseen))
     say(f"supervised model: {state['facts']['supervised_nats']:.2f} nats a token on {len(held)} unseen texts")
 
     tokenizer, rng = Tokenizer(state["merges"]), np.random.default_rng([args.seed, 4])
@@ -1383,10 +1390,10 @@ def load_models(args: Args) -> Models:
         prompts, held_out = hold_out([[BOS, *tokenizer.encode(text)] for text in written])
     if not prompts:
         raise UsageError("the texts are too short to take prompts from them: give --prompts FILE")
-    texts = [frame(tokenizer, s.text) for s in rest]
+    rows = [frame(tokenizer, text) for text in texts]
     if not held_out:
         prompts, held_out = hold_out(prompts)
-    state |= {"reward_model": None, "texts": texts, "prompts": prompts, "held_out_prompts": held_out}
+    state |= {"reward_model": None, "texts": rows, "prompts": prompts, "held_out_prompts": held_out}
     models = unpack_models(args, state)
     if args.reward_model or args.env not in ("human", "labels"):
         return models
@@ -1394,8 +1401,8 @@ def load_models(args: Args) -> Models:
     names += ["env", "num_comparisons", "head_init", "reward_pool", "num_steps"]
     if args.env == "labels":  # of samples
         sections.append("PPO")
-    stage = argparse.Namespace(**{name: getattr(args, name) for name in names})
-    trained = keep(stage, [sentences, prompts], sections, lambda: train_reward_model(stage, models, rest, held, rng))
+    made_of = [sentences, prompts]
+    trained = keep(args, names, made_of, sections, lambda settings: train_reward_model(settings, models, rest, held, rng))
     accuracy = trained["facts"].get("reward_model_accuracy")
     agrees = "no two unseen texts have different ratings to test it with"
     if accuracy is not None:
@@ -1507,12 +1514,13 @@ class PretrainedTokenizer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        self.adds_end = whole[-1:] == [tokenizer.eos_token_id] != plain[-1:]
 
     def encode(self, text: str) -> list[int]:
         """Without an end token that the tokenizer adds: what follows it would be another text."""
-        tokens, end = self.tokenizer(text)["input_ids"], [self.tokenizer.eos_token_id]
-        written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens[:-1] if tokens[-1:] == end != written[-1:] else tokens
+        tokens = self.tokenizer(text)["input_ids"]
+        return tokens[:-1] if self.adds_end else tokens
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -2225,10 +2233,11 @@ def load_args(checkpoint: dict, file: Path, **changes) -> Args:
     """Settings of a checkpoint, as a script with its flags reads them."""
     if checkpoint.get("script_sha256", SCRIPT_SHA256) != SCRIPT_SHA256:  # an edited network may have as many parameters
         say(f"warning: {file} is of another version of this script")
-    threads, most = checkpoint["args"].get("num_threads"), 4 * (os.cpu_count() or 1)
-    if isinstance(threads, int) and threads > most:
-        say(f"warning: {file} is of a run with {threads} threads, but here are at most {most}: the last digits may differ")
-        changes = {"num_threads": most} | changes
+    threads = checkpoint["args"].get("num_threads")
+    if isinstance(threads, int) and threads > MOST_THREADS:
+        few = f"but here are at most {MOST_THREADS}: the last digits may differ"
+        say(f"warning: {file} is of a run with {threads} threads, {few}")
+        changes = {"num_threads": MOST_THREADS} | changes
     try:
         return Args(**checkpoint["args"] | {"resume": "", "evaluate": "", "run_dir": str(file.parent)} | changes)
     except TypeError as error:

@@ -23,7 +23,7 @@ ATARI = (  # the 49 games of Table 6
 )
 # fmt: on
 SEEDS = (1, 2, 3)
-TEN, TWENTY, THIRTY = (tuple(range(1, n + 1)) for n in (10, 20, 30))
+FIVE, TEN, TWENTY, THIRTY = (tuple(range(1, n + 1)) for n in (5, 10, 20, 30))
 BFLOAT16: dict[str, Any] = {"precision": "bfloat16"}
 LARGER: dict[str, Any] = BFLOAT16 | {"learning_rate": 5e-4, "clip_coef": 0.2, "num_minibatches": 8}
 # ppo_atari.py on a CPU: game, setting, flags beyond the defaults, steps, seeds.
@@ -120,7 +120,7 @@ CLOSER: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...], tuple[int, .
             "neither normalized nor scaled": {"norm_obs": "none", "norm_reward": False},
         },
         ("InvertedDoublePendulum",),
-        (1, 2, 3, 4, 5),
+        FIVE,
     ),
     "unclipped": ({"no policy clipping": {"clip_policy": False}}, DETAILS_TASKS, TEN),
 }
@@ -135,7 +135,6 @@ SHARED_MUJOCO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DM_CONTROL = ("CheetahRun-v1", "WalkerWalk-v1")
 
-FIVE = (1, 2, 3, 4, 5)
 HIDDEN: dict[str, Any] = {"observe": [0, 2], "num_envs": 16}
 LUNAR: dict[str, Any] = {"num_envs": 16, "num_steps": 1024, "num_minibatches": 64, "gamma": 0.999, "gae_lambda": 0.98}
 LUNAR |= {"total_timesteps": 2_000_000}

@@ -100,7 +100,14 @@ ENVS["ppo_rlhf"] = [
 ]
 ENVS["ppo_rlhf"] += ["rewards:not_a_number", "rewards:nothing", "rewards:leaves", "rewards:words", "rewards:one_argument"]
 ENVS["ppo_rlhf"] += ["rewards:no_function", "rewards:missing"]
-FILES = ["texts.tsv", "plain.txt", "short.txt", "latin.txt", "marked.txt", "empty.txt"]
+FILES = {  # for the flags of ppo_rlhf.py that name one
+    "texts.tsv": (ROOT / "tests" / "texts.tsv").read_bytes(),
+    "plain.txt": b"the film is good\nand others\n\n",
+    "short.txt": b"a\n",
+    "latin.txt": b"a\xe9b\n",
+    "marked.txt": "\ufeffone two\u2028three\n".encode(),
+    "empty.txt": b"",
+}
 BAD_ENVS = ["", " ", "breakout", "ALE/Breakout-v5", "Breakout-ram-v0", "Hopper-v99", "Hopper-v2", "halfcheetah", "CartPole-v1"]
 BAD_ENVS += ["no_module:X-v0", "os:X-v0", "envs:", ":", "a:b:c", "../x", "envs:Point-v0/..", "x" * 5000, "ünïcode", "\udcff"]
 BAD_ENVS += ["envs:NaNObservation-v0", "envs:NaNReward-v0", "envs:DiscreteObservations-v0", "envs:IntegerActions-v0"]
@@ -256,7 +263,7 @@ def draw_value(rng: random.Random, script: str, name: str, kind: Any, others: li
     if name == "env":
         return [rng.choice(ENVS[script] * 3 + BAD_ENVS)]
     if name in ("data", "prompts", "model", "reward_model"):
-        return [rng.choice([*PLACES, *FILES * 3])]
+        return [rng.choice([*PLACES, *list(FILES) * 3])]
     if name in ("run_dir", "resume", "evaluate"):
         return [rng.choice([*PLACES, "run"])]
     if name == "device":
@@ -640,12 +647,9 @@ def furnish(folder: Path, whole: Path, case: Case):
     folder.mkdir()
     words = " ".join(case.words)
     if case.script == "ppo_rlhf":
-        shutil.copy(ROOT / "tests" / "texts.tsv", folder)
-        for name in FILES[1:]:
-            if name in words:
-                data = {"short.txt": b"a\n", "latin.txt": b"a\xe9b\n", "marked.txt": "\ufeffone two\u2028three\n".encode()}
-                plain = b"" if name == "empty.txt" else b"the film is good\nand others\n\n"
-                (folder / name).write_bytes(data.get(name, plain))
+        for name, data in FILES.items():
+            if name in words or name == "texts.tsv":
+                (folder / name).write_bytes(data)
     if case.damage:
         shutil.copytree(whole, folder / "run")
     for name in ("full", "empty"):
@@ -679,9 +683,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def execute(case: Case, folder: Path) -> tuple[Ended, str, str]:
     """Runs it: (how it ended, stdout, stderr)."""
-    out, err = Path(f"{folder}.out"), Path(f"{folder}.err")
+    out, err, env = Path(f"{folder}.out"), Path(f"{folder}.err"), surroundings(case.script) | case.env
     if not case.real:
-        env = surroundings(case.script) | case.env
         child = Warm(case.script, case.words, folder, case.stdout or out, err, env, case.limits)
         leader: int = child.process.pid
         ended = watch(leader, lambda: child.process.exitcode, SECONDS, MEMORY)
@@ -694,7 +697,7 @@ def execute(case: Case, folder: Path) -> tuple[Ended, str, str]:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=os.environ | surroundings(case.script) | case.env,
+                env=os.environ | env,
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,

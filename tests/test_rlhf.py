@@ -762,12 +762,15 @@ def test_without_transformers(monkeypatch):
 # ranks
 
 
+def run_two_ranks(**changes) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
+    return subprocess.run([*command, *words(**changes)], capture_output=True, text=True, check=False, timeout=300)
+
+
 def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
     changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64}
     ppo_rlhf.train(tiny("one", **changes))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
-    flags = words(run_dir="two", num_envs=4, **changes)
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    done = run_two_ranks(run_dir="two", num_envs=4, **changes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run directory: two") == 1
     one, two = (read_checkpoint(name) for name in ("one", "two"))
@@ -779,11 +782,9 @@ def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_reward_that_fails_in_one_rank_stops_all(failing):
-    write_function(f"return 1 / 0 if len(responses) == 4 and os.environ['RANK'] == '{failing}' else [1.0] * len(responses)")
-    Path("own.py").write_text("import os\n" + Path("own.py").read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
-    flags = words(env="own:score", num_envs=4, eval_episodes=0)
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    failure = f"len(responses) == 4 and os.environ['RANK'] == '{failing}'"
+    write_function(f"import os; return 1 / 0 if {failure} else [1.0] * len(responses)")
+    done = run_two_ranks(env="own:score", num_envs=4, eval_episodes=0)
     raised = "ppo_rlhf.py: error: the reward own:score raised ZeroDivisionError('division by zero'); interrupted"
     assert done.stderr.count(raised) == 2, done.stderr  # the lines of two processes may run into each other
     assert done.stderr.count("torchrun --nproc-per-node 2") == 1
@@ -1156,29 +1157,19 @@ def test_a_checkpoint_of_an_older_version_is_evaluated_and_not_resumed(capsys):
 
 def test_the_unit_of_the_score_is_that_of_rank_0():
     """A reward need not say the same in all ranks."""
-    write_function("return [len(response) * (1.0 + int(os.environ['RANK'])) for response in responses]")
-    Path("own.py").write_text("import os\n" + Path("own.py").read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ppo_rlhf.__file__]
-    flags = words(env="own:score", num_envs=4, total_timesteps=64, eval_episodes=0)
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    write_function("import os; return [len(response) * (1.0 + int(os.environ['RANK'])) for response in responses]")
+    done = run_two_ranks(env="own:score", num_envs=4, total_timesteps=64, eval_episodes=0)
     assert done.returncode == 0, done.stderr
     saved = read_checkpoint("run")
     _, _, runner, agent = start(env="words:score")
     runner.score = lambda prompts, responses: [float(len(response)) for response in responses]
     runner.measure_scores()
     assert (saved["score_mean"], saved["score_std"]) == (runner.score_mean, runner.score_std)
-    second = read_jsonl("run/episodes.jsonl")[4:]
-    for episode, sample in zip(
-        second, runner.respond(agent, runner.pick_prompts(1), played(1), slice(4, 8)).samples, strict=True
-    ):
+    rng = np.random.default_rng([1, 2, 1])
+    rng.integers(2**31)  # the seed that play draws
+    second = runner.respond(agent, runner.pick_prompts(1), rng, slice(4, 8)).samples
+    for episode, sample in zip(read_jsonl("run/episodes.jsonl")[4:], second, strict=True):
         assert episode["return"] == pytest.approx((2 * len(sample.response) - saved["score_mean"]) / saved["score_std"])
-
-
-def played(iteration: int, seed: int = 1) -> np.random.Generator:
-    """The generator of an iteration, from which play has drawn its seed."""
-    rng = np.random.default_rng([seed, 2, iteration])
-    rng.integers(2**31)
-    return rng
 
 
 def test_without_pip_there_is_one_sentence(monkeypatch, tmp_path):
