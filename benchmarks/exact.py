@@ -93,7 +93,8 @@ def main(words: list[str]):
         for name, replacement in replaced.items():
             setattr(ppo_rlhf, name, replacement)
         setattr(ppo_rlhf.Runner, "evaluate", measure)  # noqa: B010
-        sys.argv[1:] = [*FLAGS, *words]
+        saved = any(word.split("=")[0] in ("--resume", "--evaluate") for word in words)  # it keeps its settings
+        sys.argv[1:] = words if saved else [*FLAGS, *words]
         ppo_rlhf.main()
     finally:  # the module may be used for something else in this process
         for name, original in kept[0].items():

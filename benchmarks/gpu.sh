@@ -132,7 +132,7 @@ P
 case ${1:-} in
 first) first ;;
 games) games "${2:?games, such as Breakout,Pong}" "${3:-10000000}" ;;
-*) sed -n '2,9p' "$0"; exit 2 ;;
+*) sed -n '2,9p' "$root/benchmarks/gpu.sh"; exit 2 ;;
 esac
 say "$([ $failed = 0 ] && echo done || echo "done, with failures")"
 exit $failed

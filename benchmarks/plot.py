@@ -9,6 +9,7 @@ A path is a run directory, a result file (*.jsonl.gz), or a folder that holds so
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -40,6 +41,15 @@ def number(x: float) -> str:
     """Four or so significant digits, without an exponent."""
     digits = 0 if abs(x) >= 100 else 1 if abs(x) >= 20 else 2
     return f"{x:.{digits}f}".replace("-0.00", "0.00")
+
+
+def form_for(scores: np.ndarray) -> Callable[[float], str]:
+    """number(), or where all scores are small, three significant digits of the largest."""
+    largest = float(np.abs(scores).max())
+    if largest >= 0.1 or largest == 0:
+        return number
+    digits = min(2 - math.floor(math.log10(largest)), 15)
+    return lambda x: f"{x:.{digits}f}"
 
 
 def brackets(low: float, high: float, form: Callable[[float], str] = number) -> str:
@@ -152,9 +162,10 @@ def read_runs(files: list[Path]) -> pd.DataFrame:
         args = header["args"]
         if "num_steps" in args and is_stopped_early(args, final["global_step"]):
             print(f"not finished: {file}, {final['global_step']:,} of {args['total_timesteps']:,} steps", file=sys.stderr)
-        keys = {"setting": header["setting"], "suite": header["suite"], "script": header["script"]}
+        steps, keys = final["global_step"], {k: header.get(k) for k in ("setting", "suite", "script", "script_sha256")}
         keys |= {k: v for k, v in settings_of(args).items() if k != "env"}
-        steps = final["global_step"]
+        if steps > args.get("total_timesteps", math.inf):  # extended by --resume; its header says what was asked for at first
+            keys["total_timesteps"] = steps
         rows.append({"file": file, "env": header["env"], "seed": header["seed"], "keys": keys, "steps": steps})
         rows[-1] |= {"score": final["return"], "curve": curve}
     if not rows:
@@ -175,26 +186,33 @@ def word_parts(text: str) -> list:
 def name_settings(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Adds the column `label`, made of the keys in `by`, else of the arguments in which the runs differ."""
     keys = pd.DataFrame(list(runs["keys"]), dtype=object).map(lambda v: v if isinstance(v, int | float | str) else str(v))
-    known = keys.columns[keys.notna().all()]  # not those that only some scripts, or newer ones, have
-    differing = [k for k in known if k not in ("setting", "suite") and keys[k].nunique() > 1]
+    # what only some scripts, or newer ones, have counts where those that have it differ
+    differing = [k for k in keys if k not in ("setting", "suite", "script_sha256") and keys[k].nunique() > 1]
     by = [key.replace("-", "_") for key in by] or differing
     for key in by:
-        if key not in known:
-            raise RunnerError(f"not all runs have an argument {key}; they differ in: {', '.join(differing) or 'nothing'}")
+        if key not in keys:
+            raise RunnerError(f"no run has an argument {key}; they differ in: {', '.join(differing) or 'nothing'}")
+    keys[by] = keys[by].astype(object).fillna("-")
     values = [tuple(row) for row in keys[by].itertuples(index=False)] if by else [()] * len(runs)
     order = sorted(set(values), key=value_order)
     plain = len(by) == 1 and by[0] in ("setting", "script", "suite")
     names = {v: ", ".join(str(x) if plain else f"{k}={x}" for k, x in zip(by, v, strict=True)) or "all runs" for v in order}
     runs = runs.assign(label=pd.Categorical([names[v] for v in values], [names[v] for v in order]))
+    for label, group in keys.groupby(runs["label"], observed=True):
+        if mixed := [k for k in differing if group[k].nunique() > 1]:
+            print(f"warning: {label} mixes runs that differ in {', '.join(mixed)}; --by tells them apart", file=sys.stderr)
+        elif (versions := group["script_sha256"].nunique()) > 1:
+            print(f"{label}: from {versions} versions of the script", file=sys.stderr)
+    runs = runs.sort_values("steps", ascending=False, kind="stable")  # of two attempts the one that came further
     again = runs.duplicated(["label", "env", "seed"])
     for file in runs["file"][again]:
-        print(f"left out: {file} has the setting, task and seed of an earlier run", file=sys.stderr)
+        print(f"left out: {file} has the setting, task and seed of another run", file=sys.stderr)
     return runs[~again].sort_values(["env", "label", "seed"])
 
 
-def interval_cells(scores: np.ndarray) -> list[str]:
+def interval_cells(scores: np.ndarray, form: Callable[[float], str]) -> list[str]:
     """low and high of scores (runs, 1); empty for one run, which has no interval."""
-    return [number(x) for x in stats.interval(scores)] if len(scores) > 1 else ["", ""]
+    return [form(x) for x in stats.interval(scores)] if len(scores) > 1 else ["", ""]
 
 
 def final_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -204,7 +222,8 @@ def final_table(runs: pd.DataFrame) -> pd.DataFrame:
         scores = group["score"].to_numpy()[:, None]
         steps = sorted(set(group["steps"]))
         lengths = " to ".join(f"{step:,}" for step in steps[:: max(len(steps) - 1, 1)])
-        rows.append([env, label, len(group), number(scores.mean()), *interval_cells(scores), lengths])
+        form = form_for(runs["score"][runs["env"] == env])
+        rows.append([env, label, len(group), form(scores.mean()), *interval_cells(scores, form), lengths])
     return pd.DataFrame(rows, columns=["task", "setting", "n", "mean", "low", "high", "steps"])
 
 
@@ -212,13 +231,14 @@ def difference_table(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Mean of each setting minus that of the baseline, on each task where both were run."""
     rows = []
     for env, task in runs.groupby("env"):
+        form = form_for(task["score"])
         scores = {label: group["score"].to_numpy()[:, None] for label, group in task.groupby("label", observed=True)}
         for label, x in scores.items():
             if label == baseline or baseline not in scores:
                 continue
             y = scores[baseline]
-            cells = [number(v) for v in stats.difference_interval(x, y)] if min(len(x), len(y)) > 1 else ["", ""]
-            rows.append([env, label, f"{len(x)} and {len(y)}", number(x.mean() - y.mean()), *cells])
+            cells = [form(v) for v in stats.difference_interval(x, y)] if min(len(x), len(y)) > 1 else ["", ""]
+            rows.append([env, label, f"{len(x)} and {len(y)}", form(x.mean() - y.mean()), *cells])
     return pd.DataFrame(rows, columns=["task", "setting", "n", "difference", "low", "high"])
 
 
@@ -239,14 +259,20 @@ def main(argv: list[str]) -> int:
         baseline = options.baseline or labels[0]
         data: dict = {}
         for (env, label), group in runs.groupby(["env", "label"], observed=True):
-            data.setdefault(env, {})[label] = band(list(group["curve"]))
-        draw_curves(data, pyplot(), labels).savefig(options.out, dpi=150)
+            if (curve := band(list(group["curve"])))["steps"]:
+                data.setdefault(env, {})[label] = curve
+            else:
+                print(f"no curve of {label} on {env}: its runs have no steps in common", file=sys.stderr)
+        if data:
+            draw_curves(data, pyplot(), labels).savefig(options.out, dpi=150)
         print(final_table(runs).to_string(index=False))
         if len(labels) > 1:
-            print(f"\neach setting minus {baseline}\n" + difference_table(runs, baseline).to_string(index=False))
+            differences = difference_table(runs, baseline)
+            table = "no task has both" if differences.empty else differences.to_string(index=False)
+            print(f"\neach setting minus {baseline}\n{table}")
         if (counts := runs.groupby(["env", "label"], observed=True).size()).min() < 5:
             print(f"\nthe smallest n is {counts.min()}: below 5 intervals are too narrow (benchmarks/README.md, Protocol)")
-        print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} -> {options.out}")
+        print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} -> {options.out if data else 'no plot'}")
     except (RunnerError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

@@ -38,7 +38,7 @@ def run_task(task: dict) -> tuple[list[dict] | None, str]:
             ).returncode
         lock.close()
         if code:
-            return None, f"exit code {code}: {runner.last_words(log)} (log {log})"
+            return None, f"exit code {code}: {runner.last_words(log.read_text(errors='replace'))} (log {log})"
         return summarize(run_dir, run.suite, run.setting, run.flags), ""
     except (RunnerError, OSError) as error:
         return None, str(error)

@@ -437,6 +437,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results-md", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--plots-dir", type=Path, default=HERE / "plots")
     options = parser.parse_args(argv)
+    if not options.results_dir.is_dir():
+        parser.error(f"--results-dir {options.results_dir} is no folder")
+    for file in (options.readme, options.results_md):
+        if not file.is_file():
+            parser.error(f"{file} does not exist: the markers in it say where tables go")
     writes: dict[Path, Callable[[], object]] = {}  # what is stale, and how it is put right
     try:
         results = Results(options.results_dir)
@@ -449,7 +454,7 @@ def main(argv: list[str]) -> int:
             elif not data and file.is_file():
                 writes[file] = file.unlink
         for file in (options.readme, options.results_md):
-            old = file.read_text() if file.is_file() else ""
+            old = file.read_text()
             if (new := fill(old, tables, file.name)) != old:
                 writes[file] = functools.partial(file.write_text, new)
     except RunnerError as error:

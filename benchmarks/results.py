@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import suites
 
 RESULTS = suites.ROOT / "benchmarks" / "results"
 CURVE_POINTS = 100
+HEADER = ("suite", "setting", "env", "seed", "script", "args", "flags")  # what is read of every header
 # Arguments that are no part of a setting: where a run stands, what it shows, how it is evaluated, and what it runs on.
 LOCAL = {"run_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity", "tensorboard", "capture_video"}
 LOCAL |= {"eval_episodes", "eval_steps", "eval_deterministic"}
@@ -32,6 +34,13 @@ MACHINE = {"num_threads", "device", "compile"}
 
 class RunnerError(Exception):
     """What the user can put right; printed as one sentence."""
+
+
+class BadArguments(RunnerError):
+    """A command line that asks for what is not there."""
+
+
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error)  # of files that are damaged
 
 
 def read_jsonl(file: Path) -> list[dict]:
@@ -53,14 +62,19 @@ def summarize(run_dir: Path, suite: str, setting: str, flags: dict | None = None
     stopped: a run that was stopped early will do too.
     """
     try:
-        header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
-        episodes = read_jsonl(run_dir / "episodes.jsonl")
-        args = header["args"]
-        steps, returns = [e["global_step"] for e in episodes], [e["return"] for e in episodes]
-        last_step = iterations[-1]["global_step"] if iterations else 0
-        seconds = [record["charts/seconds"] for record in iterations]
-    except (OSError, ValueError, KeyError) as error:
+        return make_records(run_dir, suite, setting, flags, stopped)
+    except UNREADABLE as error:
         raise RunnerError(f"{run_dir} is no run directory with readable logs: {error!r}") from error
+
+
+def make_records(run_dir: Path, suite: str, setting: str, flags: dict | None, stopped: bool) -> list[dict]:
+    """summarize(), but for the error that damaged logs raise."""
+    header, *iterations = read_jsonl(run_dir / "metrics.jsonl")
+    episodes = read_jsonl(run_dir / "episodes.jsonl")
+    args = header["args"]
+    steps, returns = [e["global_step"] for e in episodes], [float(e["return"]) for e in episodes]
+    last_step = iterations[-1]["global_step"] if iterations else 0
+    seconds = [record["charts/seconds"] for record in iterations]
     if is_stopped_early(args, last_step) and not (stopped and iterations):
         raise RunnerError(f"{run_dir} is not finished: {last_step:,} of {args['total_timesteps']:,} steps")
     # the clock of a run starts at 0 again where it was resumed
@@ -146,7 +160,10 @@ def read_result(file: Path) -> dict[str, dict]:
     """{"header", "final", "curve"} of a result file."""
     try:
         header, final, curve = (json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines())
-    except (OSError, EOFError, ValueError, gzip.BadGzipFile) as error:
+        for record, keys in ((header, HEADER), (final, ("return", "global_step", "sps")), (curve, ("global_step", "return"))):
+            for key in keys:
+                record[key]  # KeyError or TypeError where it is no such record
+    except UNREADABLE as error:
         raise RunnerError(f"{file} is damaged ({type(error).__name__}): delete it and run again") from error
     return {"header": header, "final": final, "curve": curve}
 
@@ -181,7 +198,7 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
         args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
         expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
     other = differing(expected, header["args"])
-    if other or header["script"] != ("ppo_rlhf.py" if planned.script == suites.EXACT else Path(planned.script).name):
+    if other or header["script"] != script_of(planned):
         text = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]
         raise RunnerError(f"{name} of the suite {suite} has other settings: {text}")
     return planned
@@ -194,6 +211,8 @@ def is_finished(run: suites.Run, results: Path) -> bool:
         return False
     result = read_result(file)
     header = result["header"]
+    if header["script"] != script_of(run):
+        raise RunnerError(f"{file} is of {header['script']}: delete it or use another --name or --results-dir")
     planned = json.loads(json.dumps(run.flags))
     if header["flags"] is not None:
         same = header["flags"] == planned
@@ -206,12 +225,25 @@ def is_finished(run: suites.Run, results: Path) -> bool:
     return not is_stopped_early(header["args"], result["final"]["global_step"])
 
 
+def script_of(run: suites.Run) -> str:
+    """Name of the script that a run says it is of."""
+    return "ppo_rlhf.py" if run.script == suites.EXACT else Path(run.script).name
+
+
 def is_number(value: Any) -> bool:
     try:
         float(value)
     except (TypeError, ValueError):
         return False
     return True
+
+
+def is_of_another_run(file: Path, records: list[dict]) -> bool:
+    """Whether a result file holds a finished run other than that of the records."""
+    old = read_result(file)
+    if is_stopped_early(old["header"]["args"], old["final"]["global_step"]):
+        return bool(differing(old["header"]["args"], records[0]["args"]))
+    return old["curve"] != json.loads(json.dumps(records[2]))
 
 
 def collect(run_dirs: list[Path], suite: str, setting: str, results: Path, stopped: bool = False) -> int:
@@ -228,13 +260,17 @@ def collect(run_dirs: list[Path], suite: str, setting: str, results: Path, stopp
             if suite in suites.SUITES:
                 run = planned_run(suite, setting, header)
                 header["flags"] = run.flags
+                if final["global_step"] > header["args"]["total_timesteps"]:
+                    raise RunnerError(f"{run_dir} was extended to {final['global_step']:,} steps, which the suite is not")
+            file = result_file(results, suite, run.name)
             if is_stopped_early(header["args"], final["global_step"]) and is_finished(run, results):
                 raise RunnerError(f"{run_dir} was stopped early and {run.name} has a finished result")
+            if file.is_file() and is_of_another_run(file, records):
+                raise RunnerError(f"{run_dir}: {file} is of another run: name another --setting, or delete it")
         except RunnerError as error:
             print(f"left out: {error}", file=sys.stderr)
             left_out += 1
             continue
-        file = result_file(results, suite, run.name)
         write_result(file, records)
         score = math.nan if final["return"] is None else final["return"]
         print(f"{run.env}, seed {run.seed}: {score:.1f} after {final['global_step']:,} steps -> {file.name}")

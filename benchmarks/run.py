@@ -32,7 +32,18 @@ from pathlib import Path
 
 import suites
 import tqdm
-from results import RESULTS, RunnerError, collect, is_finished, read_result, result_file, summarize, write_result
+from results import (
+    RESULTS,
+    BadArguments,
+    RunnerError,
+    collect,
+    is_finished,
+    read_result,
+    result_file,
+    script_of,
+    summarize,
+    write_result,
+)
 
 ROOT = suites.ROOT
 RUNS = ROOT / "benchmarks" / "runs"  # not in git
@@ -44,19 +55,13 @@ MIN_FREE = 200e6  # bytes of disk below which no run is started
 # One run
 
 
-def default_steps(script: str) -> int:
-    """Default of --total-timesteps in the text of a script."""
-    file = ROOT / script
-    if not file.is_file():
-        return 10_000_000 if "atari" in script else 1_000_000
-    found = re.search(r"total.timesteps\D*?([0-9][0-9_]{3,})", file.read_text())
-    if not found:
-        raise RunnerError(f"{script} has no default of total_timesteps")
-    return int(found.group(1))
-
-
-def steps_of(run: suites.Run) -> int:
-    return int(run.flags.get("total_timesteps", default_steps(run.script)))
+def steps_of(run: suites.Run) -> float:
+    """Steps of a run: its flag, else the default in the text of its script; NaN where that is not to be found."""
+    if "total_timesteps" in run.flags:
+        return int(run.flags["total_timesteps"])
+    file = ROOT / run.script
+    found = re.search(r"total.timesteps\D*?([0-9][0-9_]{3,})", file.read_text()) if file.is_file() else None
+    return int(found.group(1)) if found else math.nan
 
 
 def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | None, threads: int) -> tuple[list[str], Path]:
@@ -68,12 +73,13 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
     run_dir, plan_file = folder / run.name, folder / f"{run.name}.json"
     if not (ROOT / run.script).is_file():
         raise RunnerError(f"{run.script} does not exist")
-    if run.peer and not peer_python:
-        raise RunnerError("the runs of TRPO and A2C need --peer-python PATH, a Python that has sb3-contrib (see README.md)")
     if plan_file.is_file() and run_dir.is_dir():
-        plan = json.loads(plan_file.read_text())
-        if plan["options"] != run.options():
-            raise RunnerError(f"{run_dir} was started with other flags: delete it to start this run anew")
+        try:
+            plan = dict(json.loads(plan_file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise RunnerError(f"{plan_file} is damaged: delete it and {run_dir} to start this run anew") from error
+        if plan["options"] != run.options() or Path(plan["script"]).name != Path(run.script).name:
+            raise RunnerError(f"{run_dir} was started with other flags or another script: delete it to start this run anew")
     else:
         shutil.rmtree(run_dir, ignore_errors=True)
         text = (ROOT / run.script).read_bytes()
@@ -91,14 +97,16 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
     if (run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(run_dir), *own], run_dir
     shutil.rmtree(run_dir, ignore_errors=True)  # cut before its first checkpoint, or without any
-    own += [] if run.peer or run.evaluates else ["--eval-episodes", "0"]
+    if not run.peer and "eval_episodes" not in run.flags and "eval_every" not in (ROOT / run.script).read_text():
+        own += ["--eval-episodes", "0"]  # where a script evaluates while it trains, that is part of the result
     return [*command, *run.options(), *own, "--run-dir", str(run_dir)], run_dir
 
 
-def last_words(log: Path) -> str:
-    """Last line of a run's log, without the progress bar."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
-    return lines[-1] if lines else "no output"
+def last_words(text: str) -> str:
+    """Last line of what a script wrote, without the progress bar; of a last box, which tyro draws, the first line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()] or ["no output"]
+    boxes = [i for i, line in enumerate(lines) if line.startswith("╭")]
+    return lines[boxes[-1] + 1].strip("│ ") if boxes and lines[-1].startswith("╰") else lines[-1]
 
 
 def die_with_parent(parent: int, cores: list[int]):
@@ -139,7 +147,7 @@ def expected_seconds(runs: list[suites.Run], results: Path) -> float:
     for file in results.glob("*/*.jsonl.gz"):
         result = read_result(file)
         measured.setdefault((result["header"]["script"], result["header"]["env"]), []).append(result["final"]["sps"])
-    total = 0.0
+    total = 0.0  # NaN where the steps of a run are not known
     for run in runs:
         rate = measured.get((Path(run.script).name, run.env)) if not run.peer else None
         kind = run.flags["algorithm"] if run.peer else Path(run.script).stem
@@ -148,6 +156,8 @@ def expected_seconds(runs: list[suites.Run], results: Path) -> float:
 
 
 def clock(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "unknown"
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
@@ -165,10 +175,10 @@ class Progress:
         self.say(f"finished {run.suite}/{run.name}: return {score:.1f}, {final['seconds']:.0f} s, {final['sps']} steps/s")
 
     def fail(self, run: suites.Run, reason: str) -> bool:
-        """Counts a failure; True if the run is to be tried again."""
+        """Counts a failure; True if the run is to be tried again. What a script refuses, exit code 2, it refuses again."""
         key = f"{run.suite}/{run.name}"
         self.attempts[key] += 1
-        again = self.attempts[key] < 2
+        again = self.attempts[key] < 2 and not reason.startswith("exit code 2:")
         self.say(f"{'failed, tried again' if again else 'FAILED'} {key}: {reason}")
         if not again:
             self.failed.append(f"{key}: {reason}")
@@ -254,7 +264,9 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
                 free.append(slot)
                 try:
                     if process.returncode:
-                        raise RunnerError(f"exit code {process.returncode}: {last_words(log)} (log {log})")
+                        raise RunnerError(
+                            f"exit code {process.returncode}: {last_words(log.read_text(errors='replace'))} (log {log})"
+                        )
                     records = summarize(run_dir, run.suite, run.setting, run.flags)
                     write_result(result_file(options.results_dir, run.suite, run.name), records)
                 except RunnerError as error:
@@ -274,8 +286,24 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
         raise stop
 
 
+def tell_other_versions(runs: list[suites.Run], results: Path):
+    """A line where finished runs of a sweep are of another text of the script than that of now."""
+    now = {run.script: hashlib.sha256((ROOT / run.script).read_bytes()).hexdigest() for run in runs}
+    stored = [read_result(result_file(results, run.suite, run.name))["header"].get("script_sha256") for run in runs]
+    if other := sum(sha256 != now[run.script] for run, sha256 in zip(runs, stored, strict=True)):
+        print(f"{other} of the finished runs are of another version of {script_of(runs[0])}: --name NAME begins a new set")
+
+
 def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     """Prints the plan or carries it out; returns the exit code."""
+    for flag, given, known in (
+        ("env", options.only_env, {run.env for run in runs}),
+        ("seed", options.only_seed, {run.seed for run in runs}),
+        ("setting", options.only_setting, {run.setting for run in runs}),
+    ):
+        if unknown := [str(x) for x in given or [] if x not in known]:
+            there = ", ".join(map(str, sorted(known)))
+            raise BadArguments(f"--only-{flag}: no run has {', '.join(unknown)}; there are {there}")
     if options.total_timesteps:
         runs = [
             suites.Run(r.suite, r.setting, r.script, r.env, r.seed, r.flags | {"total_timesteps": options.total_timesteps})
@@ -285,8 +313,12 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     runs = [r for r in runs if not options.only_seed or r.seed in options.only_seed]
     runs = [r for r in runs if not options.only_setting or r.setting in options.only_setting]
     if not runs:
-        raise RunnerError("no run of the suite is left by --only-env, --only-seed and --only-setting")
+        raise BadArguments("no run of the suite is left by --only-env, --only-seed and --only-setting")
     left = [run for run in runs if not is_finished(run, options.results_dir)]
+    if options.go and not options.peer_python and any(run.peer for run in left):
+        raise BadArguments("the runs of TRPO and A2C need --peer-python PATH, a Python that has sb3-contrib (see README.md)")
+    if options.suite == "sweep":
+        tell_other_versions([run for run in runs if run not in left], options.results_dir)
     jobs = jobs_at_a_time(options)
     seconds = expected_seconds(left, options.results_dir) / max(min(jobs, len(left)), 1)
     where = f"on the Ray cluster {options.ray}" if options.ray else f"{jobs} at a time"
@@ -332,8 +364,16 @@ def random_scores(envs: list[str], episodes: int, results: Path):
 
     script = suites.load_script("ppo_continuous")
     for env in envs:
-        seeds = list(range(1, episodes + 1))
-        vector, *_ = script.make_envs(env, seeds, 1)
+        seeds, file = list(range(1, episodes + 1)), results / "random" / f"{suites.slug(env)}.json"
+        if file.is_file() and (stored := json.loads(file.read_text())["episodes"]) != episodes:
+            raise BadArguments(f"{file} is of {stored} episodes: delete it, or give another --results-dir")
+        try:
+            vector, *_ = script.make_envs(env, seeds, 1)
+            box = script.Spaces.of(vector).action
+        except script.UsageError as error:
+            raise BadArguments(str(error)) from error
+        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            raise BadArguments(f"the actions of {env} have no bounds, within which they could be drawn: {box}")
         space, rng = vector.single_action_space, np.random.default_rng(0)
         returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
         while running.any():
@@ -354,8 +394,8 @@ def random_scores(envs: list[str], episodes: int, results: Path):
             "versions": {"envpool": script.envpool.__version__, "numpy": np.__version__},
             "returns": [round(float(x), 4) for x in returns],
         }
-        (results / "random").mkdir(parents=True, exist_ok=True)
-        (results / "random" / f"{env}.json").write_text(json.dumps(record) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record) + "\n")
         print(f"{env_id}: {record['mean']:.2f} +- {record['std']:.2f} over {episodes} episodes")
 
 
@@ -421,6 +461,8 @@ def main(argv: list[str]) -> int:
     options.results_dir, options.runs_dir = options.results_dir.resolve(), options.runs_dir.resolve()
     if any(x is not None and x < 1 for x in (options.jobs, options.cores_per_run, options.runs_per_gpu)):
         parser.error("--jobs, --cores-per-run and --runs-per-gpu must be at least 1")
+    if options.total_timesteps is not None and options.total_timesteps < 1:
+        parser.error("--total-timesteps must be at least 1")
     options.cores_per_run = options.cores_per_run or default_cores_per_run(options)
     try:
         if options.suite == "collect":
@@ -432,14 +474,21 @@ def main(argv: list[str]) -> int:
             left_out = collect(names, options.collect_suite, options.setting, options.results_dir, options.stopped)
             return 1 if left_out else 0
         if options.suite == "random":
+            if options.names or options.episodes < 2:
+                parser.error("random takes its tasks from --only-env, and at least 2 --episodes")
             random_scores(options.only_env or list(suites.MUJOCO), options.episodes, options.results_dir)
             return 0
         if options.suite == "sweep":
-            if len(options.names) != 1 or not (ROOT / options.names[0]).is_file():
+            script = ROOT / options.names[0] if len(options.names) == 1 else ROOT
+            if not script.is_file() or script.suffix != ".py":
                 parser.error("sweep needs one script of the repository, such as ppo_continuous.py")
+            if foreign := [word for word in others if word.startswith("--only-")]:
+                parser.error(f"{foreign[0]} is for suites: a sweep names its tasks and seeds by --env and --seed")
             name = options.name or f"sweep_{Path(options.names[0]).stem}"
             if name in suites.SUITES:
                 parser.error(f"--name {name} is a stored suite: choose another name for the sweep")
+            if name != suites.slug(name) or not name.strip("."):
+                parser.error(f"--name {name} names a folder: letters, digits and _ - = + . may be in it")
             try:
                 runs = suites.make_sweep(name, options.names[0], others)
             except ValueError as error:
@@ -455,7 +504,7 @@ def main(argv: list[str]) -> int:
         return execute(runs, options)
     except (RunnerError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadArguments) else 1
     except KeyboardInterrupt:
         print("run.py: interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -148,8 +148,13 @@ def parse_flags(words: list[str]) -> dict[str, list[str]]:
             name, *value = word.split("=", 1)
             flag = name.replace("_", "-")
             flags[flag] = value
+        elif not flags:
+            raise ValueError(f"{word} belongs to no flag")
         else:
             flags[flag].append(word)
+    for flag in ("--num-envs", "--num-steps"):
+        if flag in flags and not (flags[flag] and flags[flag][0].isdecimal()):
+            raise ValueError(f"{flag} needs a number")
     return flags
 
 
@@ -167,8 +172,10 @@ def run(script: Path, flags: dict[str, list[str]], folder: Path, kill_at: int = 
         command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     if done.returncode != (-9 if kill_at else 0):
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise RuntimeError(f"{script}{' resuming' if '--resume' in flags else ''}: exit code {done.returncode}: {last}")
+        from run import last_words
+
+        told = f"{script}{' resuming' if '--resume' in flags else ''}: exit code {done.returncode}"
+        raise RuntimeError(f"{told}: {last_words(done.stderr)}")
 
 
 def run_killed(kill_at: int, script: str, words: list[str]):
@@ -288,6 +295,10 @@ def main():
         parser.error("--iterations must be at least 3: one for each checkpoint")
     if words and not args.script:
         parser.error(f"name a script before its flags: {' '.join(words)}")
+    try:
+        parse_flags(words)
+    except ValueError as error:
+        parser.error(str(error))
     different = 0
     with tempfile.TemporaryDirectory() as temporary:
         for name in [args.script] if args.script else CASES:

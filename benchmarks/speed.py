@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -354,9 +355,12 @@ def main() -> int:
         parser.error(f"contestants: {'; '.join(chosen)}; at least 1 round and {BATCH} steps")
     file = options.results_dir / "speed" / f"{options.name}.jsonl"
     if options.name and file.is_file():
-        old, *measured = (json.loads(line) for line in file.read_text().splitlines())
-        if old["env"] != options.env or list(dict.fromkeys(r["contestant"] for r in measured)) != names:
-            parser.error(f"{file} is of another task or of other contestants: choose another --name or delete it")
+        parser.error(f"{file} holds measurements: choose another --name or delete it")
+    for python in filter(None, (options.peer_python, options.sbx_python, options.cleanrl_python)):
+        if not shutil.which(python):
+            parser.error(f"{python} is no Python that can be started")
+    if hasattr(os, "sched_getaffinity") and not set(options.cores or []) <= os.sched_getaffinity(0):
+        parser.error(f"--cores: this process may use {sorted(os.sched_getaffinity(0))}")
     header = begin(options.env, options.steps, options.cores, options.threads)
     print(f"{header['cpu']}, cores {header['cores']}, {options.threads} thread(s), load {header['load']} before the start")
     environment = limit_threads(options.threads) | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}

@@ -1,5 +1,6 @@
 """What is run: each suite is a list of runs, and a run names only the flags that differ from the defaults of its script."""
 
+import hashlib
 import importlib.util
 import itertools
 import re
@@ -23,6 +24,7 @@ ATARI = (  # the 49 games of Table 6
 )
 # fmt: on
 SEEDS = (1, 2, 3)
+LONGEST = 200  # letters of a name: a file name may have 255, with what is added to it
 FIVE, TEN, TWENTY, THIRTY = (tuple(range(1, n + 1)) for n in (5, 10, 20, 30))
 BFLOAT16: dict[str, Any] = {"precision": "bfloat16"}
 LARGER: dict[str, Any] = BFLOAT16 | {"learning_rate": 5e-4, "clip_coef": 0.2, "num_minibatches": 8}
@@ -222,18 +224,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """File name of its result, without extension."""
-        return f"{slug(self.setting)}__{slug(self.env)}__{self.seed}"
+        """File name of its result, without extension; a long one ends in a hash instead."""
+        name = f"{slug(self.setting)}__{slug(self.env)}__{self.seed}"
+        return name if len(name) <= LONGEST else f"{name[: LONGEST - 11]}_{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
     @property
     def peer(self) -> bool:
         """Needs the Python that has the baseline algorithms."""
         return self.script == "benchmarks/baselines.py"
-
-    @property
-    def evaluates(self) -> bool:
-        """Its evaluations are part of the result."""
-        return self.script in ("ppo_rlhf.py", EXACT)
 
     def options(self) -> list[str]:
         """Its flags as command-line options."""
@@ -355,7 +353,8 @@ UNNAMED = ("total_timesteps", "compile", "device", "num_threads")  # flags that 
 def make_sweep(name: str, script: str, options: list[str]) -> list[Run]:
     """Product grid of a command line such as --env Hopper Walker2d --clip-coef 0.1 0.2 --seed 1 2.
 
-    True and False switch a flag on and off; a flag without a value is on.
+    True and False switch a flag on and off; a flag without a value is on. Numbers with a comma are one value: 0,2 is a
+    list. ValueError where a word makes no sense.
     """
     values: dict[str, list[Any]] = {}
     key = None
@@ -370,17 +369,39 @@ def make_sweep(name: str, script: str, options: list[str]) -> list[Run]:
             raise ValueError(f"{word} belongs to no flag")
         else:
             values[key].append(word)
-    values = {k: [{"True": True, "False": False}.get(v, v) for v in vs] or [True] for k, vs in values.items()}
-    envs, seeds = values.pop("env", None), values.pop("seed", ["1"])
-    if not envs:
+    values = {k: [parse_value(v) for v in vs] or [True] for k, vs in values.items()}
+    envs, seeds = values.pop("env", [True]), values.pop("seed", ["1"])
+    if True in envs:
         raise ValueError("a sweep names its environments: --env HalfCheetah Hopper")
-    runs = []
+    for seed in seeds:
+        if not re.fullmatch(r"\d+", str(seed)):
+            raise ValueError(f"--seed {'without a value' if seed is True else seed}: a seed is a whole number")
+    for key, given in values.items():
+        flag, switched = key.replace("_", "-"), [isinstance(v, bool) for v in given]
+        if any(switched) and not all(switched):
+            raise ValueError(f"--{flag} has both True or False and other values")
+        if key.startswith("no_") and given != [True]:
+            raise ValueError(f"--{flag} takes no value: --{flag[3:]} True False does")
+    runs: list[Run] = []
     for seed in seeds:
         for combination in itertools.product(*values.values()):
             flags = dict(zip(values, combination, strict=True))
             named = [k for k in flags if k not in UNNAMED]
-            setting = ",".join(f"{k}={flags[k]}" for k in named) or "default"
+            shown = {k: " ".join(v) if isinstance(v, list) else v for k, v in flags.items()}
+            setting = ",".join(f"{k}={shown[k]}" for k in named) or "default"
             runs += [Run(name, setting, script, env, int(seed), flags) for env in envs]
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError("the sweep names one run twice")
+    known: dict[str, Run] = {}
+    for run in runs:
+        other = known.setdefault(run.name, run)
+        if other is not run:
+            apart = [f"--{k.replace('_', '-')} {other.flags[k]} and {v}" for k, v in run.flags.items() if other.flags[k] != v]
+            reason = f"{', '.join(apart)} are not told apart in its name" if apart else "it is named twice"
+            raise ValueError(f"the sweep has two runs {run.name}: {reason}")
     return runs
+
+
+def parse_value(word: str) -> Any:
+    """A value of a sweep: True, False, a list of numbers, or the word as it is."""
+    if word in ("True", "False"):
+        return word == "True"
+    return word.split(",") if re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", word) else word

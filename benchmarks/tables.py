@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import stats
+import suites
 from plot import brackets, number
-from results import RunnerError, differing, read_result
+from results import UNREADABLE, RunnerError, differing, read_result
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 
@@ -52,8 +53,16 @@ def seeds_text(seeds) -> str:
     return ", ".join(map(str, seeds))
 
 
+def read_json(file: Path) -> list[dict]:
+    """Records of a file, one a line."""
+    try:
+        return [dict(json.loads(line)) for line in file.read_text().splitlines()]
+    except UNREADABLE as error:
+        raise RunnerError(f"{file} is damaged ({type(error).__name__}): delete it and measure again") from error
+
+
 class Results:
-    """All that is in results/ and reference/.
+    """All results of the stored suites, and what is in reference/.
 
     runs: one row a run; groups: (suite, setting, env) -> its rows by ascending seed.
     """
@@ -61,14 +70,20 @@ class Results:
     def __init__(self, folder: Path):
         rows = []
         for file in sorted(folder.glob("*/*.jsonl.gz")):
+            if file.parent.name not in suites.SUITES:  # somebody's sweep
+                continue
             header, final, curve = read_result(file).values()
             if final["return"] is None:
                 raise RunnerError(f"{file} has no finished episode")
+            if header["suite"] != file.parent.name:
+                raise RunnerError(f"{file} is a result of {header['suite']}: it does not belong in this folder")
             row = {k: header[k] for k in ("suite", "setting", "env", "seed")} | {k: final[k] for k in ("return", "seconds")}
             row |= {"return_over_training": final["return_over_training"], "steps": final["global_step"], "curve": curve}
             rows.append(row | {"file": file, "args": header["args"], "header": header})
         columns = ["suite", "setting", "env", "seed"]
         self.runs = pd.DataFrame(rows, columns=list(rows[0]) if rows else [*columns, "curve", "header"]).sort_values(columns)
+        for run in self.runs[self.runs.duplicated(columns)].itertuples():
+            raise RunnerError(f"{run.file} is of the setting, task and seed of another file there: delete one of them")
         self.groups = dict(iter(self.runs.groupby(columns[:3])))
         for group in self.groups.values():
             first = group.iloc[0]
@@ -77,11 +92,8 @@ class Results:
                     raise RunnerError(f"{run.file} has another number of steps than the other seeds beside it")
                 if differing(first["args"], run.args):
                     raise RunnerError(f"{run.file} has other settings than the other seeds beside it")
-        self.random = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "random").glob("*.json"))}
-        self.speed = {
-            p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-            for p in sorted((folder / "speed").glob("*.jsonl"))
-        }
+        self.random = {p.stem: read_json(p)[0] for p in sorted((folder / "random").glob("*.json"))}
+        self.speed = {p.stem: read_json(p) for p in sorted((folder / "speed").glob("*.jsonl"))}
 
     def csv(self, name: str) -> list[dict[str, str]]:
         with open(REFERENCE / name, newline="", encoding="utf-8") as f:

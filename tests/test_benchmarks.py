@@ -403,6 +403,65 @@ def test_damaged_result_is_named(tmp_path):
         result_files.read_result(file)
 
 
+def edit_logs(folder, **args):
+    """Changes the arguments that a run says it has."""
+    header, *lines = result_files.read_jsonl(folder / "metrics.jsonl")
+    records = [header | {"args": header["args"] | args}, *lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("episodes.jsonl", "[1, 2]\n"),
+        ("episodes.jsonl", '{"global_step": 5, "return": "x", "length": 5}\n'),
+        ("metrics.jsonl", '{"args": {"env": "Hopper", "seed": 1, "total_timesteps": 100}}\n{"global_step": 100}\n'),
+        ("metrics.jsonl", "[]\n"),
+        ("evaluations.jsonl", "{\n"),
+    ],
+)
+def test_logs_that_are_damaged_are_left_out_with_a_sentence(tmp_path, capsys, name, text):
+    damaged, whole = write_run(tmp_path / "damaged"), write_run(tmp_path / "whole")
+    (damaged / name).write_text(text)
+    assert collect(tmp_path, damaged, whole, "--suite", "s") == 1
+    captured = capsys.readouterr()
+    assert f"left out: {damaged} is no run directory with readable logs" in captured.err
+    assert "149.5 after 1,000 steps" in captured.out  # the directories after it are still read
+
+
+@pytest.mark.parametrize("change", ["flip", "list", "empty records"])
+def test_result_files_of_another_content_are_damaged(tmp_path, change):
+    file = tmp_path / "x.jsonl.gz"
+    result_files.write_result(file, result_files.summarize(write_run(tmp_path / "r"), "s", "default"))
+    if change == "flip":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 255
+        file.write_bytes(bytes(data))
+    else:
+        file.write_bytes(gzip.compress(b"[]\n[]\n[]\n" if change == "list" else b"{}\n{}\n{}\n"))
+    with pytest.raises(result_files.RunnerError, match="is damaged"):
+        result_files.read_result(file)
+
+
+def test_collect_overwrites_no_other_run(tmp_path, capsys):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", returns=[5.0] * 200)
+    assert collect(tmp_path, first, second, "--suite", "s") == 1
+    assert "is of another run: name another --setting, or delete it" in capsys.readouterr().err
+    file = tmp_path / "res/s/default__Hopper__1.jsonl.gz"
+    assert result_files.read_result(file)["final"]["return"] == 149.5
+    assert collect(tmp_path, first, "--suite", "s") == 0  # the same run again
+    assert collect(tmp_path, second, "--suite", "s", "--setting", "other") == 0
+
+
+def test_collect_refuses_an_extended_run_as_one_of_a_suite(tmp_path, capsys):
+    folder = edit_logs(write_run(tmp_path / "r"), num_steps=2048, total_timesteps=1_000_000)
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"global_step": 2_000_000, "charts/SPS": 1, "charts/seconds": 9.0}) + "\n")
+    assert collect(tmp_path, folder, "--suite", "base") == 1
+    assert "was extended to 2,000,000 steps" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------- suites
 
 
@@ -461,10 +520,31 @@ def test_sweep_is_the_product_grid():
     assert flag.options() == ["--env", "my_module:MyEnv-v0", "--seed", "1", "--no-clip-policy", "--target-kl", "0.1"]
     assert "/" not in flag.name
     assert ":" not in flag.name
-    for words, message in ((["x"], "belongs to no flag"), (["--seed", "1"], "names its environments"),
-                           (["--env", "A", "A"], "twice"), (["--env", "A", "--env", "B"], "twice")):  # fmt: skip
+    for words, message in (
+        ("x", "belongs to no flag"),
+        ("--seed 1", "names its environments"),
+        ("--env --seed 1", "names its environments"),
+        ("--env A A", "two runs default__A__1: it is named twice"),
+        ("--env A --env B", "twice"),
+        ("--env A --seed", "--seed without a value: a seed is a whole number"),
+        ("--env A --seed x", "--seed x: a seed is a whole number"),
+        ("--env A --no-anneal-lr True False", "--no-anneal-lr takes no value: --anneal-lr True False does"),
+        ("--env A --clip-coef True 0.2", "--clip-coef has both True or False and other values"),
+        ("--env A --total-timesteps 10 20", "--total-timesteps 10 and 20 are not told apart in its name"),
+        ("--env A --data a/b a_b", "--data a/b and a_b are not told apart in its name"),
+    ):
         with pytest.raises(ValueError, match=message):
-            suites.make_sweep("s", "x.py", words)
+            suites.make_sweep("s", "x.py", words.split())
+
+
+def test_sweep_takes_lists_and_long_settings():
+    runs = suites.make_sweep("s", "x.py", ["--env", "A", "--observe", "0,2", "0"])
+    assert [r.options()[4:] for r in runs] == [["--observe", "0", "2"], ["--observe", "0"]]
+    assert [r.name for r in runs] == ["observe=0_2__A__1", "observe=0__A__1"]
+    words = ["--env", "A", *(word for i in range(40) for word in (f"--a-long-name-{i}", "1"))]
+    first, second = suites.make_sweep("s", "x.py", [*words, "--last", "1", "2"])
+    assert len(first.name) == len(second.name) == suites.LONGEST
+    assert first.name != second.name
 
 
 def test_runner_flags_are_kept_from_the_script_of_a_sweep():
@@ -641,6 +721,15 @@ def test_bad_arguments(repo):
         (["base", "--jobs", "0"], "at least 1"),
         (["base", "--total-timesteps", "5000"], "a --results-dir of their own"),
         (["sweep", "ppo_continuous.py", "--env", "A", "--name", "base"], "is a stored suite"),
+        (["sweep", "ppo_continuous.py", "--env", "A", "--name", ".."], "names a folder"),
+        (["sweep", "ppo_continuous.py", "--env", "A", "--only-seed", "3"], "--only-seed is for suites"),
+        (["sweep", "benchmarks", "--env", "A"], "sweep needs one script"),
+        (["base", "--total-timesteps", "0"], "at least 1"),
+        (["base", "--only-env", "Hopper", "Walker"], "--only-env: no run has Walker; there are HalfCheetah, Hopper,"),
+        (["base", "--only-seed", "1", "99"], "--only-seed: no run has 99; there are 1, 2, 3,"),
+        (["figure3", "--go"], "need --peer-python PATH"),
+        (["random", "Hopper"], "random takes its tasks from --only-env"),
+        (["random", "--episodes", "1"], "at least 2 --episodes"),
     ):
         code, _, err = finish(repo, *words)
         assert code == 2
@@ -653,6 +742,89 @@ def test_ray_without_ray_is_one_sentence(repo):
     code, _, err = finish(repo, *sweep("A"), "--go", "--ray", "local")
     assert code == 1
     assert "--ray needs Ray: pip install ray" in err
+
+
+def plan_of(repo, name):
+    return json.loads((repo / f"benchmarks/runs/sweep_ppo_continuous/{name}.json").read_text())
+
+
+def test_another_script_under_the_same_name_is_refused(repo):
+    shutil.copy(repo / "ppo_continuous.py", repo / "mine.py")
+    assert finish(repo, *sweep("A"), "--go")[0] == 0
+    other = ("sweep", "mine.py", "--name", "sweep_ppo_continuous", "--env", "A", "CRASH", "--go")
+    code, _, err = finish(repo, *other)
+    assert (code, "is of ppo_continuous.py: delete it or use another --name" in err) == (1, True), err
+    assert finish(repo, *sweep("CRASH"), "--go")[0] == 1
+    (repo / "benchmarks/results/sweep_ppo_continuous/default__A__1.jsonl.gz").unlink()
+    code, _, err = finish(repo, *other[:5], "CRASH", "--go")
+    assert (code, "was started with other flags or another script" in err) == (1, True), err
+
+
+def test_finished_runs_of_another_version_are_told(repo):
+    script = repo / "ppo_continuous.py"
+    now = hashlib.sha256(script.read_bytes()).hexdigest()
+    assert finish(repo, *sweep("A"), "--go")[0] == 0
+    told = "1 of the finished runs are of another version of ppo_continuous.py"
+    assert told in finish(repo, *sweep("A"))[1]  # the stand-in says that its text is "0"
+    file = repo / "benchmarks/results/sweep_ppo_continuous/default__A__1.jsonl.gz"
+    result = result_files.read_result(file)
+    result_files.write_result(file, [result["header"] | {"script_sha256": now}, result["final"], result["curve"]])
+    assert told not in finish(repo, *sweep("A"))[1]
+
+
+def test_damaged_plan_of_a_run_is_one_sentence(repo):
+    assert finish(repo, *sweep("CRASH"), "--go")[0] == 1
+    (repo / "benchmarks/runs/sweep_ppo_continuous/default__CRASH__1.json").write_text("")
+    code, _, err = finish(repo, *sweep("CRASH"), "--go")
+    assert (code, "default__CRASH__1.json is damaged: delete it" in err) == (1, True), err
+
+
+def test_what_a_script_refuses_is_not_tried_again(repo):
+    code, _, err = finish(repo, *sweep("A"), "--clip-ceof", "0.1", "--go")
+    assert code == 1
+    assert len(re.findall(r"exit code 2: .*unrecognized arguments: --clip-ceof 0.1", err)) == 2  # as it fails, and in the end
+    box = "loading\n╭─ Unrecognized options ───╮\n│ Unrecognized options: --x   │\n│ ─── │\n│ More: --help │\n╰──────╯\n"
+    assert run.last_words(box) == "Unrecognized options: --x"
+    assert run.last_words("a\rb\n\n") == "b"
+    assert run.last_words("") == "no output"
+
+
+def test_evaluations_of_a_sweep_are_those_asked_for(repo):
+    def evaluated(*words):
+        runs = suites.make_sweep("s", "ppo_continuous.py", ["--env", "A", *words])
+        command, _ = run.make_command(runs[0], repo / "runs", "python", None, 1)
+        return [command[i + 1] for i, word in enumerate(command) if word == "--eval-episodes"]
+
+    assert evaluated() == ["0"]
+    assert evaluated("--eval-episodes", "3") == ["3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "ROOT", repo)
+        (repo / "ppo_continuous.py").write_text("eval_every: int = 10")  # a copy of ppo_rlhf.py
+        assert evaluated() == []
+
+
+def test_default_steps_are_read_or_unknown(repo, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", repo)
+    for text, steps in (("total_timesteps: Steps = 1_500_000  # 3", 1_500_000), ("total_timesteps: int = int(1e6)", None)):
+        (repo / "x.py").write_text(text)
+        runs = suites.make_sweep("s", "x.py", ["--env", "A"])
+        assert run.steps_of(runs[0]) == steps or (steps is None and np.isnan(run.steps_of(runs[0])))
+        assert (run.clock(run.expected_seconds(runs, repo)) == "unknown") == (steps is None)
+    assert run.steps_of(suites.make_sweep("s", "x.py", ["--env", "A", "--total-timesteps", "70"])[0]) == 70
+
+
+def test_random_scores_replace_no_others(tmp_path, capsys):
+    words = ["random", "--results-dir", str(tmp_path), "--only-env"]
+    assert run.main([*words, "InvertedPendulum", "--episodes", "3"]) == 0
+    file = tmp_path / "random" / "InvertedPendulum.json"
+    stored = file.read_text()
+    assert json.loads(stored)["episodes"] == 3
+    assert run.main([*words, "InvertedPendulum", "--episodes", "2"]) == 2
+    assert "is of 3 episodes: delete it" in capsys.readouterr().err
+    assert file.read_text() == stored
+    for env, message in (("NoSuchTask", "unknown environment NoSuchTask"), ("CartPole-v1", "the action space is Discrete(2)")):
+        assert run.main([*words, env, "--episodes", "2"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -743,6 +915,50 @@ def test_report_refuses_seeds_of_different_length(reported, capsys):
     result_files.write_result(file, [result["header"], result["final"] | {"global_step": 500}, result["curve"]])
     assert report.main(options) == 1
     assert "another number of steps" in capsys.readouterr().err
+
+
+def test_report_refuses_results_that_stand_twice_or_elsewhere(reported, capsys):
+    folder, options = reported
+    file = folder / "results/base/default__Hopper__2.jsonl.gz"
+    shutil.copy(file, file.with_name("again.jsonl.gz"))
+    assert report.main(options) == 1
+    assert "is of the setting, task and seed of another file" in capsys.readouterr().err
+    file.with_name("again.jsonl.gz").unlink()
+    (folder / "results/peer").mkdir()
+    shutil.copy(file, folder / "results/peer")
+    assert report.main(options) == 1
+    assert "is a result of base: it does not belong in this folder" in capsys.readouterr().err
+
+
+def test_report_takes_no_sweep_for_a_suite(reported):
+    folder, options = reported
+    report.main(options)
+    (folder / "results/sweep_mine").mkdir()
+    (folder / "results/sweep_mine/x.jsonl.gz").write_bytes(b"of a user")
+    assert report.main([*options, "--check"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--results-dir", "--readme", "--results-md"])
+def test_report_refuses_a_path_that_is_not_there(reported, capsys, option):
+    folder, options = reported
+    report.main(options)
+    plots = sorted((folder / "plots").iterdir())
+    for check in ([], ["--check"]):
+        with pytest.raises(SystemExit) as stop:
+            report.main([*options, option, str(folder / "typo"), *check])
+        assert stop.value.code == 2
+        assert "typo" in capsys.readouterr().err
+    assert plots
+    assert sorted((folder / "plots").iterdir()) == plots
+
+
+@pytest.mark.parametrize("name", ["random/Hopper.json", "speed/x.jsonl"])
+def test_report_names_damaged_measurements(reported, capsys, name):
+    folder, options = reported
+    (folder / "results" / name).parent.mkdir()
+    (folder / "results" / name).write_text("{}\n[\n")
+    assert report.main(options) == 1
+    assert f"{name} is damaged (JSONDecodeError)" in capsys.readouterr().err
 
 
 def fake_results(folder, suite, settings, envs, seeds, score, args=None, course=None):
@@ -1014,11 +1230,7 @@ def test_short_speed_table_pairs_the_alternations(tmp_path):
 
 def write_setting(folder, setting, env, seed, level, **args):
     """A run directory with these arguments, whose episodes all return `level`."""
-    run_dir = write_run(folder / f"{setting}__{env}__{seed}", env=env, seed=seed, returns=[level] * 200)
-    header, *lines = result_files.read_jsonl(run_dir / "metrics.jsonl")
-    records = [header | {"args": header["args"] | args}, *lines]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return run_dir
+    return edit_logs(write_run(folder / f"{setting}__{env}__{seed}", env=env, seed=seed, returns=[level] * 200), **args)
 
 
 def test_plot_of_a_sweep_of_two_settings(tmp_path, capsys):
@@ -1063,15 +1275,81 @@ def test_plot_says_what_it_leaves_out_and_what_is_wrong(tmp_path, capsys):
     out = str(tmp_path / "x.png")
     assert plot.main([str(first), str(again), str(cut), "--out", out]) == 0
     err = capsys.readouterr().err
-    assert f"left out: {again} has the setting, task and seed of an earlier run" in err
+    assert f"left out: {again} has the setting, task and seed of another run" in err
     assert f"not finished: {cut}, 900 of 1,050 steps" in err
     for words, message in (
         ([str(tmp_path / "none")], "none does not exist"),
         ([str(first / "episodes.jsonl")], "no run directory and no result file"),
-        ([str(first), "--by", "nonsense"], "not all runs have an argument nonsense; they differ in: nothing"),
+        ([str(first), "--by", "nonsense"], "no run has an argument nonsense; they differ in: nothing"),
         ([str(first), "--baseline", "nonsense"], "there is no setting nonsense; settings: all runs"),
     ):
         assert plot.main([*words, "--out", out]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         plot.main([str(first), "--out", "plot.doc"])
+
+
+def plotted(capsys, *words):
+    """Exit code, and what plot.py prints, with single spaces."""
+    code = plot.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, " ".join(captured.out.split()), captured.err
+
+
+def test_plot_tells_apart_what_only_some_scripts_have(tmp_path, capsys):
+    for seed, target in ((1, 0.003), (2, 0.003), (1, 0.3), (2, 0.3)):
+        write_setting(tmp_path, f"kl{target}", "Hopper", seed, 100 * target, kl_target=target, script_is="penalty")
+    write_setting(tmp_path, "none", "Hopper", 1, 7.0, script_is="clip")
+    write_setting(tmp_path, "unset", "Hopper", 1, 8.0, script_is="clip", target_kl=None)
+    write_setting(tmp_path, "set", "Hopper", 1, 9.0, script_is="clip", target_kl=0.1)
+    code, out, err = plotted(capsys, tmp_path, "--out", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    for row in (
+        "kl_target=-, script_is=clip, target_kl=- 1 7.00",
+        "kl_target=-, script_is=clip, target_kl=None 1 8.00",
+        "kl_target=-, script_is=clip, target_kl=0.1 1 9.00",
+        "kl_target=0.003, script_is=penalty, target_kl=- 2 0.30",
+        "kl_target=0.3, script_is=penalty, target_kl=- 2 30.0",
+    ):
+        assert row in out
+    assert plotted(capsys, tmp_path, "--by", "kl-target", "--out", tmp_path / "x.png")[0] == 0
+
+
+def test_plot_warns_of_settings_that_it_was_told_to_mix(tmp_path, capsys):
+    for seed, clip in ((1, 0.1), (2, 0.2)):
+        write_setting(tmp_path, "x", "Hopper", seed, 1.0, clip_coef=clip, gamma=0.9)
+    _, out, err = plotted(capsys, tmp_path, "--by", "gamma", "--out", tmp_path / "x.png")
+    assert "Hopper gamma=0.9 2" in out
+    assert "warning: gamma=0.9 mixes runs that differ in clip_coef" in err
+    edited = tmp_path / "x__Hopper__2" / "metrics.jsonl"
+    edited.write_text(edited.read_text().replace('"clip_coef": 0.2', '"clip_coef": 0.1').replace("0" * 64, "1" * 64))
+    assert "all runs: from 2 versions of the script" in plotted(capsys, tmp_path, "--out", tmp_path / "x.png")[2]
+
+
+def test_plot_takes_the_attempt_that_came_further_and_tells_extended_runs_apart(tmp_path, capsys):
+    write_run(tmp_path / "a", steps=500, returns=[1.0] * 200)
+    write_run(tmp_path / "b", returns=[2.0] * 200)
+    _, out, err = plotted(capsys, tmp_path, "--out", tmp_path / "x.png")
+    assert "all runs 1 2.00" in out
+    assert f"left out: {tmp_path / 'a'} has" in err
+    edit_logs(write_run(tmp_path / "c", seed=2), total_timesteps=300)
+    assert "total_timesteps=1000 1 150 " in plotted(capsys, tmp_path, "--out", tmp_path / "x.png")[1]
+
+
+def test_plot_of_runs_that_share_no_steps_or_tasks(tmp_path, capsys):
+    done, cut = write_run(tmp_path / "a"), write_run(tmp_path / "b", steps=100, seed=2)
+    episodes = result_files.read_jsonl(done / "episodes.jsonl")
+    late = [e for e in episodes if e["global_step"] > 500]
+    (done / "episodes.jsonl").write_text("".join(json.dumps(e) + "\n" for e in late))
+    code, out, err = plotted(capsys, done, cut, "--out", tmp_path / "x.png")
+    assert (code, "no curve of all runs on Hopper: its runs have no steps in common" in err) == (0, True)
+    assert "2 runs -> no plot" in out
+    other = write_setting(tmp_path, "x", "Reacher", 1, 1.0, clip_coef=0.5)
+    first = edit_logs(done, clip_coef=0.1)
+    assert "each setting minus clip_coef=0.1 no task has both" in plotted(capsys, first, other, "--out", tmp_path / "x.png")[1]
+
+
+def test_plot_gives_small_returns_their_digits(tmp_path, capsys):
+    for seed, level in ((1, 0.0012), (2, 0.0034)):
+        write_setting(tmp_path, "x", "Hopper", seed, level)
+    assert "all runs 2 0.00230 0.00120 0.00340" in plotted(capsys, tmp_path, "--out", tmp_path / "x.png")[1]
