@@ -544,7 +544,7 @@ def average_gradient(gradient: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
 
 def upload(x: torch.Tensor, args: Args) -> torch.Tensor:
     """A tensor of the CPU on the device; through pinned memory, so that the host waits for nothing."""
-    return x if args.device == "cpu" else x.pin_memory().to(args.device, non_blocking=True)
+    return x if args.device == "cpu" else x.contiguous().pin_memory().to(args.device, non_blocking=True)
 
 
 def mark_step(args: Args):
@@ -695,7 +695,7 @@ class Runner:
         if args.world_size > 1:
             gathered: list = [None] * args.world_size
             dist.all_gather_object(gathered, ended)
-            ended = sorted(game for games in gathered for game in games)
+            ended = sorted((game for games in gathered for game in games), key=lambda game: game[0])  # ties: by rank
         self.global_step += args.batch_size
         self.recent_returns.extend(r for _, r, _ in ended)
         return ended

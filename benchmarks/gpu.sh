@@ -4,7 +4,8 @@
 #   bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000        starts the games, or goes on; they stay running
 #   STOP=1 bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000   the same, but ends them: the last command of a loan
 # Needs Python 3.12 with torch and numpy, and what the scripts import besides; where that is missing, SITE names a folder that
-# has it. OUT: results and checkpoints, in parts of at most 16 MB; IN: the OUT of the machine before, to go on from.
+# has it. OUT: results and checkpoints, in at most PARTS (4) parts of 16 MB; IN: the OUT of the machine before, to go on from.
+# A game that was ended goes on from its last checkpoint; these are EVERY (200) iterations apart.
 # Dry run without a GPU: DEVICE=cpu TINY=1 PY=python bash benchmarks/gpu.sh first
 set -uo pipefail
 LIMIT=${LIMIT:-590} DEVICE=${DEVICE:-cuda} PY=${PY:-python3} TINY=${TINY:-}
@@ -44,6 +45,19 @@ first() {
     --width 32 --layers 1 --sft-epochs 2 --num-envs 8 --num-steps 8 --num-minibatches 2 --total-timesteps 128 --eval-episodes 4 \
     --device "$DEVICE" --run-dir "$work/runs/smoke_rlhf" || failed=1
   for log in "$OUT"/smoke_*.txt; do say "$(basename "$log"): $(tail -n 1 "$log" | cut -c1-150)"; done
+  say "gpu tests"
+  local marked="gpu" code limit
+  [ -n "$TINY" ] && marked="gpu and slow"  # none
+  for tf32 in "" 0; do  # a failure without TF32, too, is no matter of digits
+    limit=$(($(left) > 320 ? 200 : $(left) > 140 ? $(left) - 120 : 20))
+    env ${tf32:+NVIDIA_TF32_OVERRIDE=$tf32} timeout -k 5 $limit $PY -m pytest -q -m "$marked" -n 4 -p no:cacheprovider \
+      $(grep -l "mark.gpu" tests/test_*.py) >"$OUT/tests$tf32.txt" 2>&1
+    code=$?  # 5: no test, as without a GPU
+    tail -n 4 "$OUT/tests$tf32.txt"
+    [ $code = 0 ] || { [ -n "$TINY" ] && [ $code = 5 ]; } && break
+    failed=1
+    say "FAILED ($code): the gpu tests${tf32:+, without TF32}"
+  done
   say "speed"
   : >"$OUT/speed.txt"
   local n t precision iterations specs=("8 128" "128 128" "1024 16")
@@ -56,8 +70,11 @@ first() {
       [ -n "$TINY" ] && iterations=3
       [ "$(left)" -lt 150 ] && { say "no time for N = $n, $precision"; continue; }
       rm -rf "$work/runs/speed"
-      try 110 speed.log $PY ppo_atari.py --device "$DEVICE" --num-envs $n --num-steps $t --precision $precision \
+      TORCH_LOGS=perf_hints try 110 speed.log $PY ppo_atari.py --device "$DEVICE" --num-envs $n --num-steps $t --precision $precision \
         --total-timesteps $((iterations * n * t)) --eval-episodes 0 --run-dir "$work/runs/speed" ${TINY:+--no-compile} || failed=1
+      if grep -hiE "skipping cudagraphs|runs uncompiled" "$OUT/speed.log" | sort -u | sed -n 1,3p | tee -a "$OUT/speed.txt" | grep .; then
+        failed=1
+      fi
       $PY - "$work/runs/speed/metrics.jsonl" "N = $n, T = $t, $precision" <<'P' | tee -a "$OUT/speed.txt"
 import json, pathlib, sys
 lines = pathlib.Path(sys.argv[1]).read_text().splitlines()[2:] if pathlib.Path(sys.argv[1]).is_file() else []
@@ -68,25 +85,37 @@ if records:
 P
     done
   done
-  say "gpu tests"
-  local marked="gpu"
-  [ -n "$TINY" ] && marked="gpu and slow"  # none
-  timeout -k 5 $(($(left) > 40 ? $(left) - 20 : 20)) $PY -m pytest -q -m "$marked" -n 4 -p no:cacheprovider tests >"$OUT/tests.txt" 2>&1
-  local code=$?  # 5: no test, as without a GPU
-  [ $code = 0 ] || { [ -n "$TINY" ] && [ $code = 5 ]; } || failed=1
-  tail -n 4 "$OUT/tests.txt"
 }
 
-# The checkpoints and logs of all games, or back again.
-pack() { tar cz -C "$work/runs" $(cd "$work/runs" && ls -d game_*/{checkpoint.pt,metrics.jsonl,episodes.jsonl,ppo_atari.py} 2>/dev/null) | split -b 15900000 - "$OUT/games.tgz."; }
-unpack() { cat "$IN"/games.tgz.* | tar xz -C "$work/runs"; }
+# The checkpoints and logs of all games. They are copied first, because the games may go on: a log may be longer than at the
+# checkpoint, but not shorter.
+pack() {
+  local game name parts
+  rm -rf "$work/packed" && mkdir "$work/packed" || return 1
+  for game in $(cd "$work/runs" && ls -d game_*/); do
+    [ -f "$work/runs/$game/checkpoint.pt" ] || continue
+    mkdir "$work/packed/$game" || return 1
+    for name in checkpoint.pt metrics.jsonl episodes.jsonl ppo_atari.py; do cp "$work/runs/$game$name" "$work/packed/$game" || return 1; done
+  done
+  tar cz -C "$work/packed" . | split -b 15900000 - "$OUT/games.tgz." || return 1
+  parts=$(ls "$OUT"/games.tgz.* | wc -l)
+  [ "$parts" -le "${PARTS:-4}" ] || { say "FAILED: $parts parts, more than ${PARTS:-4}: run fewer games"; return 1; }
+}
+
+# All of them back again, or none.
+unpack() {
+  cat "$IN"/games.tgz.* | tar xz -C "$work/runs" && return
+  rm -rf "$work"/runs/game_*
+  say "FAILED: no whole games.tgz in $IN; nothing was started"
+  return 1
+}
 
 games() {
   local names steps=$2 width i=0 game dir
   IFS=, read -ra names <<<"$1"
   width=$((cores / ${#names[@]}))
   [ $width -lt 1 ] && width=1
-  if [ -n "${IN:-}" ] && ! ls -d "$work"/runs/game_* >/dev/null 2>&1; then unpack && say "checkpoints taken over"; fi
+  if [ -n "${IN:-}" ] && ! ls -d "$work"/runs/game_* >/dev/null 2>&1; then unpack || exit 1; say "checkpoints taken over"; fi
   for game in "${names[@]}"; do
     dir=$work/runs/game_$game
     if [ -f "$dir.pid" ] && kill -0 "$(cat "$dir.pid")" 2>/dev/null; then say "$game is running"; i=$((i + 1)); continue; fi
@@ -132,7 +161,7 @@ P
 case ${1:-} in
 first) first ;;
 games) games "${2:?games, such as Breakout,Pong}" "${3:-10000000}" ;;
-*) sed -n '2,9p' "$root/benchmarks/gpu.sh"; exit 2 ;;
+*) sed -n '2,10p' "$root/benchmarks/gpu.sh"; exit 2 ;;
 esac
 say "$([ $failed = 0 ] && echo done || echo "done, with failures")"
 exit $failed

@@ -615,6 +615,22 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
         ppo_atari.train(tiny_args("run", resume="run", total_timesteps=64))
 
 
+def test_games_of_ranks_that_end_together_stay_in_the_order_of_the_environments(monkeypatch):
+    """Sorted by return, the last 100 of many games that end at one step would be the best ones."""
+    args = SimpleNamespace(world_size=2, batch_size=8)
+    runner: Any = SimpleNamespace(args=args, rewards=np.zeros((2, 2)), global_step=0, recent_returns=[])
+    runner.raw_rewards, runner.game_over = np.array([[5.0, 1.0], [4.0, 0.0]]), np.array([[True, True], [True, False]])
+    runner.episode_return, runner.episode_length, runner.valid = np.zeros(2), np.zeros(2, int), np.ones((3, 2), bool)
+
+    def gather(gathered, ended):
+        gathered[:] = [ended, [(step, value - 2, length) for step, value, length in ended]]
+
+    monkeypatch.setattr(ppo_atari.dist, "all_gather_object", gather)
+    games = ppo_atari.Runner.end_episodes(runner)
+    assert [(step, value) for step, value, _ in games] == [(4, 5.0), (4, 1.0), (4, 3.0), (4, -1.0), (8, 4.0), (8, 2.0)]
+    assert runner.recent_returns == [5.0, 1.0, 3.0, -1.0, 4.0, 2.0]
+
+
 def test_ranks_are_resumed_by_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -950,3 +966,98 @@ def test_compiled_run_is_near_the_eager_one(device):
     eager, compiled = read_checkpoint("eager")["theta"], read_checkpoint("compiled")["theta"]
     torch.testing.assert_close(compiled, eager, atol=2e-4, rtol=0)
     assert not torch.equal(compiled, torch.zeros_like(compiled))
+
+
+def find_unmarked(function, inputs: tuple) -> list[int]:
+    """Inputs that the graph of a function changes and that are not marked static: a CUDA graph would be skipped for them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    graphs = []
+
+    def compiler(module, _):
+        context: Any = torch._guards.TracingContext.try_get()
+        graphs.append(context.fw_metadata)
+        return make_boxed_func(module.forward)
+
+    backend: Any = aot_autograd(
+        fw_compiler=compiler, inference_compiler=compiler, keep_inference_input_mutations=True, bw_compiler=compiler
+    )
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    (graph,) = graphs  # one, without a backward pass of its own
+    return [i for i, x in enumerate(graph.input_info) if x.mutates_data and i not in graph.static_input_indices]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_cuda_graphs_change_is_marked_static(marked):
+    T, N, args = 4, 2, tiny_args()
+    args.device = "cuda"  # only what is traced depends on it: nothing runs there
+    agent = Agent(4, 4)
+    theta = agent.flat()
+    adam = (torch.zeros_like(theta), torch.zeros_like(theta))
+    obs = torch.zeros(T + 1, N, 21, 21, 64, dtype=torch.uint8)
+    memory = (obs, torch.zeros(T + 1, N, dtype=torch.int64), torch.zeros(T + 1, N), torch.zeros(T + 1, N))
+    if marked:
+        ppo_atari.mark_static(args, theta, *adam, *memory)
+    frames = torch.zeros(N, 4, 84, 84, dtype=torch.uint8)
+    act = (frames, torch.ones(N, 4), torch.tensor([0]), memory)
+    assert (find_unmarked(ppo_atari.make_act(agent, args), act) == []) == marked
+    batch = Batch(*(x[:-1].flatten(0, 1) for x in memory), *torch.ones(3, T * N))
+    update = ppo_atari.join_update(*make_update(agent, args), args)
+    assert (find_unmarked(update, (theta, adam, batch, torch.arange(4), torch.ones(3))) == []) == marked
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_first_rollout_and_minibatch_are_those_of_an_eager_cpu(monkeypatch, device):
+    """On a GPU compiled with eager and GPU with GPU would share a fault; this is against the CPU."""
+    batches, learn = [], ppo_atari.learn
+
+    def recorded(update, theta, adam, batch, *rest):
+        batches.append([x.cpu().clone() for x in batch])
+        return learn(update, theta, adam, batch, *rest)
+
+    monkeypatch.setattr(ppo_atari, "learn", recorded)
+    for run_dir, where in (("there", device), ("here", "cpu")):
+        args = tiny_args(run_dir, device=where, compile=where != "cpu", num_minibatches=1, total_timesteps=16)
+        ppo_atari.train(args)
+        (record,) = read_metrics(run_dir)
+        assert abs(record["losses/old_approx_kl"]) < 1e-3  # the policy that acted is the one that learns
+        assert record["losses/clipfrac"] == 0
+    names = ("obs", "action", "logprob", "value", "advantage", "return_", "valid")
+    for name, there, here in zip(names, *batches, strict=True):
+        torch.testing.assert_close(there, here, atol=0 if name in ("obs", "action", "valid") else 1e-2, rtol=0, msg=name)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+def test_gpu_script_starts_nothing_where_its_input_is_not_whole(tmp_path):
+    env = os.environ | {"IN": str(tmp_path / "none"), "OUT": str(tmp_path), "WORK": str(tmp_path), "DEVICE": "cpu"}
+    command = ["bash", str(SCRIPT.parent / "benchmarks" / "gpu.sh"), "games", "Breakout", "16"]
+    done = subprocess.run(command, env=env | {"PY": sys.executable}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no whole games.tgz" in done.stdout
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_gpu_script_plays_a_game_in_two_parts(tmp_path):
+    flags = "--num-envs 2 --num-steps 8 --num-minibatches 2 --update-epochs 1 --max-episode-steps 50 --no-compile"
+    env = os.environ | {"DEVICE": "cpu", "PY": sys.executable, "FLAGS": flags, "EVERY": "1"}
+    script = str(SCRIPT.parent / "benchmarks" / "gpu.sh")
+
+    def play(place: str, steps: int, **more: str):
+        here = {"OUT": str(tmp_path / place / "out"), "WORK": str(tmp_path / place)} | more
+        command = ["bash", script, "games", "Breakout", str(steps)]
+        return subprocess.run(command, env=env | here, capture_output=True, text=True, check=False)
+
+    first = play("a", 32)
+    assert (first.returncode, "game_Breakout: step 32" in first.stdout) == (0, True), first.stdout + first.stderr
+    second = play("b", 64, IN=str(tmp_path / "a/out"))
+    assert (second.returncode, "game_Breakout: step 64" in second.stdout) == (0, True), second.stdout + second.stderr
+    (part,) = (tmp_path / "b/out").glob("games.tgz.*")
+    part.write_bytes(part.read_bytes()[:-1000])
+    cut = play("c", 96, IN=str(tmp_path / "b/out"))
+    assert (cut.returncode, "no whole games.tgz" in cut.stdout) == (1, True)
+    assert not list((tmp_path / "c/runs").iterdir())
+    many = play("b", 64, PARTS="0")
+    assert (many.returncode, "1 parts, more than 0: run fewer games" in many.stdout) == (1, True), many.stdout

@@ -1206,6 +1206,23 @@ def test_speed_table(tmp_path):
     assert "pinned to 1 core(s), 1 thread(s)" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "x"], "x.jsonl holds measurements: choose another --name or delete it"),
+        (["--cores", "9999"], "--cores: this process may use"),
+        (["--peer-python", "/nowhere/python"], "/nowhere/python is no Python that can be started"),
+    ],
+)
+def test_speed_refuses_what_it_cannot_do(tmp_path, words, message):
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "x.jsonl").write_text("{}\n")
+    command = [sys.executable, str(REPO / "benchmarks" / "speed.py"), "--results-dir", str(tmp_path), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert (tmp_path / "speed" / "x.jsonl").read_text() == "{}\n"
+
+
 def test_short_speed_table_pairs_the_alternations(tmp_path):
     (tmp_path / "speed").mkdir()
     lines: list[dict] = [{"env": "HalfCheetah"}]

@@ -215,17 +215,21 @@ def test_rlhf_01_the_penalty_is_the_log_ratio():
     assert measures["kl_k3"] >= 0
 
 
-def exact_share(tmp_path: Path, *flags: str) -> float:
+def run_exact(*words: str):
     """Runs benchmarks/exact.py in this process."""
     names = ("load_models", "make_score", "make_vader")
     kept, argv = {name: getattr(ppo_rlhf, name) for name in names}, sys.argv[:]
     evaluate = ppo_rlhf.Runner.evaluate
     try:
-        exact.main(["--run-dir", str(tmp_path / "exact"), *flags])
+        exact.main(list(words))
     finally:
         ppo_rlhf.Runner.evaluate, sys.argv[:] = evaluate, argv
         for name, value in kept.items():
             setattr(ppo_rlhf, name, value)
+
+
+def exact_share(tmp_path: Path, *flags: str) -> float:
+    run_exact("--run-dir", str(tmp_path / "exact"), *flags)
     return json.loads((tmp_path / "exact" / "evaluation.json").read_text())["share"]
 
 
@@ -234,6 +238,17 @@ def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
     """Four tokens, all responses listed: k1 comes near the best policy, k3 does not. The suite goes to the end."""
     flags = ["--total-timesteps", str(100 * 128 * 3), "--num-envs", "128", "--num-minibatches", "2", "--learning-rate", "5e-3"]
     assert low <= exact_share(tmp_path, "--kl-estimator", estimator, *flags) <= high
+
+
+def test_exact_run_is_resumed_with_its_own_settings(tmp_path):
+    """The flags that exact.py adds are no wish to change those of a saved run."""
+    folder, steps = str(tmp_path / "exact"), 2 * 128 * 3
+    run_exact("--run-dir", folder, "--total-timesteps", str(steps), "--num-envs", "128", "--kl-coef", "1.0")
+    run_exact("--resume", folder)
+    assert read_checkpoint(folder)["global_step"] == steps
+    run_exact(f"--resume={folder}", "--total-timesteps", str(2 * steps))
+    assert read_checkpoint(folder)["global_step"] == 2 * steps
+    assert read_checkpoint(folder)["args"]["kl_coef"] == 1.0
 
 
 def test_rlhf_04_adaptive_coefficient():

@@ -81,3 +81,20 @@ def test_flags_of_a_case_replace_those_of_the_short_run():
     words = ["--num_envs=2", "--observe", "0", "2", "--lstm"]
     flags = {"--num-envs": ["4"], "--env": ["CartPole-v1"]} | same_bits.parse_flags(words)
     assert flags == {"--num-envs": ["2"], "--env": ["CartPole-v1"], "--observe": ["0", "2"], "--lstm": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ppo_continuous.py", "5", "--no-compile"], "5 belongs to no flag"),
+        (["ppo_continuous.py", "--num-envs"], "--num-envs needs a number"),
+        (["ppo_continuous.py", "--num-steps", "x"], "--num-steps needs a number"),
+        (["--num-envs", "2"], "name a script before its flags"),
+    ],
+)
+def test_words_that_make_no_case(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(same_bits.sys, "argv", ["same_bits.py", "HEAD", *words])
+    with pytest.raises(SystemExit) as stop:
+        same_bits.main()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
