@@ -959,6 +959,8 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+        if type(value) is int and kind in (float, float | None):
+            setattr(args, name, float(value))
 
 
 def check_parameters(agent: nn.Module):
@@ -1138,7 +1140,7 @@ class Run:
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.start_time = args, time.perf_counter()
+        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1247,6 +1249,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
+            if getattr(self.args, name) != value:
+                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step

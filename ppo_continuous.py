@@ -349,14 +349,22 @@ def numpy_policy(agent: Agent):
 
 
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
-    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
-    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on observations of three sizes."""
+    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
-        pairs = list(zip(acting(probe), expected, strict=True))
-        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
-    except (ValueError, RuntimeError):  # shapes that do not fit
+    except (ValueError, RuntimeError) as error:  # shapes that do not fit
+        raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
+    try:
+        with np.errstate(all="ignore"):
+            pairs = zip(acting(probe), expected, strict=True)
+            rows = [(np.broadcast_to(a, b.shape).reshape(3, -1), b.reshape(3, -1)) for a, b in pairs]
+            acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
+            largest = np.abs(learned).max(axis=1, keepdims=True)
+            close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
+        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+    except ValueError:  # as above
         same = False
     if not same:
         raise UsageError(
@@ -988,6 +996,8 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+        if type(value) is int and kind in (float, float | None):
+            setattr(args, name, float(value))
 
 
 def check_parameters(agent: nn.Module):
@@ -1134,7 +1144,7 @@ class Run:
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.start_time = args, time.perf_counter()
+        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1243,6 +1253,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
+            if getattr(self.args, name) != value:
+                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step

@@ -125,6 +125,7 @@ Positive = Annotated[float, ("be above 0", lambda x: x > 0), ("be finite", math.
 Limit = Annotated[float, ("be above 0", lambda x: x > 0)]
 OptionalLimit = Annotated[float | None, ("be above 0, or None", lambda x: x is None or x > 0)]
 Weight = Annotated[float, ("be finite and at least 0", lambda x: 0 <= x < math.inf)]
+Penalty = Annotated[float, ("lie between 0 and 1e30", lambda x: 0 <= x <= 1e30)]
 Fraction = Annotated[float, ("lie between 0 and 1", lambda x: 0 <= x <= 1)]
 
 
@@ -163,9 +164,10 @@ class Args:
     vf_coef: Weight = 0.5  # weight of the value loss 0.5 * mean squared error, at least 0; 2 is c1 = 1 of the paper
     max_grad_norm: Limit = 0.5  # global gradient norm limit, above 0; inf: off
     target_kl: OptionalLimit = None  # stop the epochs of an iteration when the mean approximate KL of one exceeds this
-    kl_coef: Weight = 1.0  # weight of KL[old policy, policy] (beta), at least 0; with --adaptive-kl the first, above 0
+    kl_coef: Penalty = 1.0  # weight of KL[old policy, policy] (beta), at least 0; with --adaptive-kl the first, above 0
     kl_target: Positive = 0.01  # KL of an iteration in nats that --adaptive-kl aims at (d_targ), above 0
-    # after each iteration halve beta where the KL was below kl_target / 1.5, double it above kl_target * 1.5; off: fixed
+    # after each iteration halve beta where the KL was below kl_target / 1.5, double it above kl_target * 1.5; off: fixed;
+    # as the learning rate falls, so does the KL, and beta with it: a run that is extended begins with a small one
     adaptive_kl: bool = True
 
     # implementation details; numbers are those of DETAILS.md
@@ -360,14 +362,22 @@ def numpy_policy(agent: Agent):
 
 
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
-    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
-    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on observations of three sizes."""
+    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
-        pairs = list(zip(acting(probe), expected, strict=True))
-        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
-    except (ValueError, RuntimeError):  # shapes that do not fit
+    except (ValueError, RuntimeError) as error:  # shapes that do not fit
+        raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
+    try:
+        with np.errstate(all="ignore"):
+            pairs = zip(acting(probe), expected, strict=True)
+            rows = [(np.broadcast_to(a, b.shape).reshape(3, -1), b.reshape(3, -1)) for a, b in pairs]
+            acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
+            largest = np.abs(learned).max(axis=1, keepdims=True)
+            close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
+        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+    except ValueError:  # as above
         same = False
     if not same:
         raise UsageError(
@@ -431,10 +441,13 @@ def gaussian_kl(old_mean: torch.Tensor, old_std: torch.Tensor, mean: torch.Tenso
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
-    """Beta of the next iteration, from the mean KL over the batch after all epochs of this one (section 4)."""
+    """Beta of the next iteration, from the mean KL over the batch after all epochs of this one (section 4).
+
+    It stays within 1e-30 and 1e30 (ours): from 0 it would not come back, and infinity is no number.
+    """
     if kl < kl_target / 1.5:
-        return kl_coef / 2
-    return kl_coef * 2 if kl > kl_target * 1.5 else kl_coef
+        return max(kl_coef / 2, 1e-30)
+    return min(kl_coef * 2, 1e30) if kl > kl_target * 1.5 else kl_coef
 
 
 def ppo_loss(
@@ -1032,6 +1045,8 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+        if type(value) is int and kind in (float, float | None):
+            setattr(args, name, float(value))
 
 
 def check_parameters(agent: nn.Module):
@@ -1178,7 +1193,7 @@ class Run:
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.start_time = args, time.perf_counter()
+        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1287,6 +1302,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
+            if getattr(self.args, name) != value:
+                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step

@@ -177,7 +177,8 @@ class Args:
 
     # networks, observations and actions
     share_params: bool = True  # [detail 13] one trunk for policy and value; off: separate networks
-    # [detail 32-36] LSTM layer of 128 units after the trunk; minibatches are whole environments, nothing is compiled
+    # [detail 32-36] LSTM layer of 128 units after the trunk, with normc orthogonal, too; minibatches are whole environments,
+    # nothing is compiled
     lstm: bool = False
     observe: tuple[int, ...] = ()  # indices of the observation components to keep (CartPole without velocities: 0 2)
     # [detail 37] bins per action of a Box action space, evenly spaced from bound to bound, 2 to 1001; None: Gaussian policy
@@ -496,38 +497,59 @@ def numpy_policy(agent: Agent):
         out = obs @ head[0] + head[1]
         return ((out.reshape(-1, *agent.action_shape),) if std is None else (out, std)), memory
 
-    # of three probes, of which one begins an episode
+    # of three probes, of which one begins an episode, and one may not take the second choices
+    mask = np.array([[[False]], [[True]], [[True]]]) | (np.arange(agent.action_shape[1]) != 1)  # (3, 1, K)
     start, memory = np.arange(3) == 1, np.sin(np.arange(6 * LSTM_SIZE, dtype=np.float32)).reshape(3, 2, LSTM_SIZE)
 
     def acting(obs: np.ndarray):  # what the policy puts out, its memory, log-probability of the first choices or of the mean
         outputs, after = policy(obs, start, memory)
         if std is not None:
             return *outputs, after, -np.log(np.broadcast_to(std, outputs[0].shape) * math.sqrt(2 * math.pi)).sum(1)
-        logits = outputs[0] - outputs[0].max(axis=2, keepdims=True)
+        logits = np.where(mask, outputs[0], MASKED_LOGIT)
+        logits -= logits.max(axis=2, keepdims=True)
         return *outputs, after, (logits[:, :, 0] - np.log(np.exp(logits).sum(axis=2))).sum(1)
 
     def learning(obs: torch.Tensor):  # the same, as the update computes it
-        first = torch.as_tensor(start, dtype=torch.float32, device=obs.device)
+        first, valid = (torch.as_tensor(x, device=obs.device) for x in (start.astype(np.float32), mask))
         state = agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
-        features = agent.features(obs, first, state)
-        outputs = agent.policy(features)
+        outputs = agent.policy(features := agent.features(obs, first, state))
         action = torch.zeros_like(outputs[0][:, :, 0], dtype=torch.int64) if std is None else outputs[0]
-        mask = torch.ones_like(outputs[0], dtype=torch.bool)
-        return *outputs, features.state[:, 0], agent(obs, action, mask, first, state).logprob
+        return *outputs, features.state[:, 0], agent(obs, action, valid, first, state).logprob
 
     check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
 
 
+def check_lstm():
+    """UsageError where LSTMSteps.backward is not the gradient of LSTMSteps.forward: both are written out."""
+    random, shapes = torch.Generator().manual_seed(0), ((3, 2, 4 * LSTM_SIZE), (4 * LSTM_SIZE, LSTM_SIZE), (2, 2, LSTM_SIZE))
+    inputs, weight, state = (torch.randn(s, generator=random, dtype=torch.float64, requires_grad=True) for s in shapes)
+    keep = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]).double()[:, :, None]
+    ours, autograd = (
+        torch.autograd.grad(steps(inputs, weight, keep, state)[0].sin().sum(), (inputs, weight))
+        for steps in (LSTMSteps.apply, LSTMSteps.forward)
+    )
+    if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(ours, autograd, strict=True)):
+        raise UsageError("LSTMSteps.backward is not the gradient of LSTMSteps.forward: change both in the same way")
+
+
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
-    """Compares the policy that acts, in numpy, with the one that learns, in torch, on a few observations."""
-    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim)
+    """Compares the policy that acts, in numpy, with the one that learns, in torch, on observations of three sizes."""
+    probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
-        pairs = list(zip(acting(probe), expected, strict=True))
-        same = all(np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
-    except (ValueError, RuntimeError):  # shapes that do not fit
+    except (ValueError, RuntimeError) as error:  # shapes that do not fit
+        raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
+    try:
+        with np.errstate(all="ignore"):
+            pairs = zip(acting(probe), expected, strict=True)
+            rows = [(np.broadcast_to(a, b.shape).reshape(3, -1), b.reshape(3, -1)) for a, b in pairs]
+            acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
+            largest = np.abs(learned).max(axis=1, keepdims=True)
+            close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
+        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+    except ValueError:  # as above
         same = False
     if not same:
         raise UsageError(
@@ -899,6 +921,8 @@ def train(args: Args) -> dict:
     runner = Runner(args)
     agent = make_agent(args, runner.spaces)
     check_parameters(agent)
+    if args.lstm:
+        check_lstm()
     numpy_policy(perturbed(agent))  # an edit that it does not follow stops here, before anything is written
     agent.to(args.device)
     theta = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
@@ -1170,6 +1194,13 @@ def count_entries(space: gymnasium.Space) -> int:
     raise UsageError(f"observations of {space} have no fixed size: make them a Box with gymnasium.ObservationWrapper")
 
 
+def find_keys(space: gymnasium.Space) -> set[str]:
+    """Keys of a Dict and of all that is in it, or in a Tuple."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return set(space.spaces).union(*map(find_keys, space.spaces.values()))
+    return set().union(*map(find_keys, space.spaces)) if isinstance(space, gymnasium.spaces.Tuple) else set()
+
+
 class Spaces(NamedTuple):
     """What the script reads of an environment's spaces."""
 
@@ -1187,6 +1218,9 @@ class Spaces(NamedTuple):
             observation = spaces.Dict([(key, part) for key, part in observation.items() if key not in MASK_KEYS])
             if not len(observation):
                 raise UsageError("there is nothing to observe but the action mask: add a Box to the observation")
+        top = set(observation.spaces) if isinstance(observation, spaces.Dict) else set()
+        if deep := (find_keys(observation) - top) & {*MASK_KEYS, *INVERSE_KEYS}:
+            raise UsageError(f"{', '.join(deep)} is deep within the observation: give a mask at its top, or in the info")
         obs_dim = count_entries(observation)
         if not (obs_dim and math.prod(action.shape or ())):
             raise UsageError(f"the spaces are {observation} and {action}: neither may be empty")
@@ -1275,7 +1309,10 @@ def read_masks(obs: Any, info: dict, real: np.ndarray) -> np.ndarray:
     sizes = {np.size(mask) for mask in flat}
     if sizes != {real.sum()}:
         hint = "a mask has an entry for each choice, and is no list of those that are valid"
-        raise UsageError(f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices: {hint}")
+        if not real.size:
+            hint = "a Gaussian policy has none to forbid (--discretize-actions has)"
+        told = f"the environment gives masks of {sizes} entries, but there are {real.sum()} choices"
+        raise UsageError(f"{told}: {hint}; a {key} that is no mask needs another name, by gymnasium.Wrapper")
     flat = np.reshape(flat, (len(flat), -1))
     masks = np.zeros((len(flat), *real.shape), dtype=bool)
     masks[:, real] = flat if flat.dtype == bool else as_bool(flat, key)
@@ -1286,7 +1323,7 @@ def join_mask(mask: Any, key: str) -> np.ndarray:
     """The mask of one environment as a vector; it may be an array (also of torch), or a tuple or list of parts."""
     if not (isinstance(mask, tuple | list) or hasattr(mask, "__array__")):
         raise UsageError(f"{key} is {mask!r:.60}: give an array of all choices, or a tuple with one part for each component")
-    return np.hstack(list(mask)) if isinstance(mask, tuple | list) else np.ravel(np.asarray(mask))
+    return np.concatenate([np.ravel(np.asarray(part)) for part in (mask if isinstance(mask, tuple | list) else [mask])])
 
 
 def as_bool(flat: np.ndarray, key: str) -> np.ndarray:
@@ -1336,6 +1373,8 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
+        if type(value) is int and kind in (float, float | None):
+            setattr(args, name, float(value))
 
 
 def check_parameters(agent: nn.Module):
@@ -1482,7 +1521,7 @@ class Run:
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.start_time = args, time.perf_counter()
+        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1591,6 +1630,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
+            if getattr(self.args, name) != value:
+                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step
@@ -1768,13 +1810,17 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
     check_checkpoint(checkpoint, {"theta": theta, "obs_rms": obs_rms.state_dict()}, spaces)
     nn.utils.vector_to_parameters(checkpoint["theta"], agent.parameters())
     obs_rms.load_state_dict(checkpoint["obs_rms"])  # frozen from here on
-    network, memory = numpy_policy(agent), agent.initial_state(1)[:, 0].numpy()
+    network, start = numpy_policy(agent), agent.initial_state(1)[:, 0].numpy()
+    memory: np.ndarray | None = None
 
     def policy(raw_obs: Any, info: dict | None = None, first: np.ndarray | None = None) -> np.ndarray:
         nonlocal memory
         obs = normalize_obs(read_obs(raw_obs, spaces, args), obs_rms, args)
         check_finite(f"{args.env} returned", "in the evaluation", observation=obs)
-        memory = np.broadcast_to(memory, (len(obs), *memory.shape[1:]))
+        if memory is None or not args.lstm:
+            memory = np.broadcast_to(start, (len(obs), *start.shape[1:]))
+        if len(memory) != len(obs):
+            raise UsageError(f"the LSTM remembers {len(memory)} environments, and these are {len(obs)}: load it anew")
         outputs, memory = network(obs, np.zeros(len(obs), dtype=bool) if first is None else first, memory)
         noise: Any = 0
         if rng is not None and len(outputs) == 2:
@@ -1790,7 +1836,8 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None, env: s
     """The policy of a run directory or checkpoint: raw observations of N environments -> actions (N, ...).
 
     The likeliest actions, or sampled ones where rng is given. Makes an environment of the run to learn its spaces; one
-    of a module has to be named as env, because it runs that module's code.
+    of a module has to be named as env, because it runs that module's code. Where infos hold action masks, or with an LSTM,
+    it has to be called as policy(observations, info, first), first (N,) being True where an episode begins.
     """
     checkpoint, file = load_checkpoint(path)
     args = load_args(checkpoint, file, device="cpu")

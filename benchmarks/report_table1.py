@@ -70,6 +70,18 @@ def table_table1_details(r: Results) -> str:
     return table1(r, "table1-details")
 
 
+def table_table1_short(r: Results) -> str:
+    """For the README: the paper's eleven scores beside both configurations, uniform policy 0, best run 1."""
+    columns = {name: table1_scores(r, suite, "run") for suite, name in list(CONFIGURATIONS.items())[:2]}
+    names = list(columns)[::-1]  # what is nearest to the paper first
+    rows = [
+        [row["setting"], row["score"], *(with_interval(x[row["setting"]]) if (x := columns[name]) else "" for name in names)]
+        for row in r.csv("table1.csv")
+    ]
+    seeds = {name: len(columns[name][CLIP_02]) if columns[name] else 0 for name in names}
+    return markdown(["Table 1", "paper", *(f"{name} (n {seeds[name]})" for name in names)], rows)
+
+
 def table_levels(r: Results) -> str:
     """Clipping 0.2 on each task beside the paper's Figure 3, which is of the same setting."""
     other = {x["env"]: x["mean"] for x in r.csv("mujoco_ppo_published.csv") if x["source"].endswith("read by 37-details blog")}

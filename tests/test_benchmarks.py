@@ -1012,6 +1012,16 @@ def test_table1_takes_whole_seeds_only_and_waits_for_all_settings(tmp_path):
     assert by_run["fixed KL 10"].tolist() == [[0.5] * 7]
 
 
+def test_short_table1_has_both_configurations_beside_the_paper(tmp_path):
+    fake_random(tmp_path, 0.0)
+    fake_results(tmp_path, "table1", suites.TABLE1, suites.MUJOCO, (1, 2), lambda s, e, seed: 100 if "0.2" in s else 50)
+    text = report_table1.table_table1_short(report.Results(tmp_path))
+    assert "| Table 1 | paper | observations normalized (n 0) | as printed (n 2) |" in text
+    assert "| clipping 0.2 | 0.82 |  | 1.00 [1.00, 1.00] |" in text
+    assert "| fixed KL 10 | 0.69 |  | 0.50 [0.50, 0.50] |" in text
+    assert len(text.splitlines()) == 2 + len(suites.TABLE1)
+
+
 def test_plot_of_table1_cuts_off_a_setting_that_diverged(tmp_path):
     import matplotlib.pyplot as plt
 

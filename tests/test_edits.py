@@ -101,6 +101,10 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "batch normalization": ([("mlp(1, 1.0)", BATCH_NORM)], "critic.0.running_mean is a buffer, which no"),
     "state that no checkpoint holds": ([(STATE, STATE + '            "best": np.float64(3),\n')], "a checkpoint holds tensors"),
     "a flag of another type": ([(RUN_DIR, "    data: Path = Path('x')\n" + RUN_DIR)], "data is PosixPath('x'): a setting is"),
+    "observations limited to 1": ([(MEAN, "self.actor(obs.clamp(-1, 1)), self.log_std")], FOLLOW),
+    "observations limited to 5": ([(MEAN, "self.actor(obs.clamp(-5, 5)), self.log_std")], FOLLOW),
+    "the logarithm of observations": ([(MEAN, "self.actor(obs.sign() * obs.abs().log1p()), self.log_std")], FOLLOW),
+    "one layer wider": ([(FIRST, "nn.Linear(obs_dim, 256)")], "Agent.policy or Agent.forward fails: mat1 and mat2 shapes"),
     "numpy_policy alone": ([("np.exp(agent.log_std", "0.5 * np.exp(agent.log_std")], FOLLOW),
     "deviation where it is not 1": ([("np.exp(agent.log_std", "np.exp(0.5 * agent.log_std")], FOLLOW),
 }
@@ -195,6 +199,34 @@ def test_an_edit_that_stops(name, monkeypatch, capsys):
     assert error.startswith(f"my_ppo.py: error: {sentence}")
     assert error.count("\n") == 1
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_setting_that_the_loop_changes_is_refused(compiled, monkeypatch, capsys):
+    """A compiled update keeps the first value of ent_coef, so that a schedule of it would do nothing, without a word."""
+    line = "            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]\n"
+    script: Any = edited([(line, line + "            args.ent_coef = 0.1 * remaining\n")])
+    monkeypatch.setattr(script, "compile_all", lambda functions, args: functions)
+    monkeypatch.setattr("sys.argv", ["my_ppo.py", *tiny_flags("run", compile=compiled)])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2
+    told = "error: args.ent_coef was changed in the loop: hand what changes to learn, as learning_rate is"
+    assert told in capsys.readouterr().err
+    assert len(read_metrics("run")) == 1  # nothing but the header
+
+
+def test_a_whole_number_for_a_setting_that_is_a_fraction_becomes_one():
+    args = tiny_args(learning_rate=1, clip_obs=10, target_kl=2)
+    assert [type(x) for x in (args.learning_rate, args.clip_obs, args.target_kl, args.seed)] == [float, float, float, int]
+
+
+def test_large_observations_of_a_wide_network_that_overflow_are_no_reason_to_refuse_it():
+    """ReLU and an output for the deviation: the exponential of a large output is infinite, in numpy as in torch."""
+    script: Any = edited([("nn.Tanh()", "nn.ReLU()")])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        script.numpy_policy(script.perturbed(script.Agent(376, 17, "orthogonal", False)))
 
 
 MY_ENV = """

@@ -52,6 +52,25 @@ def test_beta_halves_below_and_doubles_above(kl, factor):
     assert adapt_kl_coef(3.0, kl, 0.03) == 3.0 * factor
 
 
+def test_beta_never_reaches_zero_or_infinity():
+    """In float32, too, as the update gets it: 0 cannot be doubled, and infinity times a KL of 0 is no number."""
+    for kl, factor in ((0.0, 2.0), (1.0, 0.5)):
+        beta = 1.0
+        for _ in range(2000):
+            beta = adapt_kl_coef(beta, kl, 0.01)
+        assert 0 < torch.tensor(beta, dtype=torch.float32) < torch.inf
+        assert adapt_kl_coef(beta, 1 - kl, 0.01) == pytest.approx(beta * factor)  # and comes back
+
+
+def test_beta_of_a_run_made_in_python_may_be_a_whole_number():
+    changes: dict[str, Any] = {"kl_coef": 1, "kl_target": 10.0, "checkpoint_every": 1}
+    train(tiny(**changes))
+    saved = read_checkpoint("run")
+    assert saved["kl_coef"] < 1
+    train(tiny(**changes, resume="run", total_timesteps=2 * saved["global_step"]))
+    assert read_checkpoint("run")["global_step"] == 2 * saved["global_step"]
+
+
 def test_penalty_is_subtracted_over_valid_steps_only():
     generator = torch.Generator().manual_seed(0)
     names = ("logprob", "entropy", "value", "old_logprob", "old_value", "advantage", "return_")

@@ -905,6 +905,48 @@ def test_load_policy_forgets_where_an_episode_begins():
     assert [x[32:] for x in play(half)] == [x[32:] for x in remembered]
 
 
+def test_a_policy_with_memory_refuses_another_number_of_environments():
+    train(tiny(lstm=True))
+    policy = load_policy("run")
+    policy(np.zeros((2, 4)))
+    for n in (1, 4):
+        with pytest.raises(UsageError, match=f"the LSTM remembers 2 environments, and these are {n}: load it anew"):
+            policy(np.zeros((n, 4)))
+    assert "policy(observations, info, first)" in str(load_policy.__doc__)
+
+
+def test_a_policy_without_memory_takes_any_number_of_environments():
+    train(tiny())
+    policy = load_policy("run")
+    assert [policy(np.zeros((n, 4))).shape for n in (2, 1, 4)] == [(2,), (1,), (4,)]
+
+
+@pytest.mark.parametrize("place", ["dict", "tuple"])
+def test_a_mask_deep_within_the_observation_is_refused(place):
+    spaces = gymnasium.spaces
+    inner = spaces.Dict(x=spaces.Box(-1, 1, (2,)), action_mask=spaces.MultiBinary(3))
+    outer = spaces.Dict(a=inner) if place == "dict" else spaces.Tuple([inner])
+    envs = SimpleNamespace(single_observation_space=outer, single_action_space=spaces.Discrete(3))
+    with pytest.raises(UsageError, match="action_mask is deep within the observation: give a mask at its top, or in the info"):
+        ppo_shared_params.Spaces.of(envs)
+
+
+def test_masks_of_two_axes_that_one_environment_leaves_out():
+    real, mask = np.ones((3, 3), dtype=bool), np.arange(6).reshape(2, 3) % 2
+    info: Any = {"action_mask": np.array([None, None])}
+    info["action_mask"][0] = (np.vstack([mask, [1, 1, 0]]),)
+    masks = ppo_shared_params.read_masks(np.zeros((2, 1)), info, real)
+    np.testing.assert_array_equal(masks[0], np.vstack([mask, [1, 1, 0]]).astype(bool))
+    assert masks[1].all()
+
+
+def test_a_mask_of_another_size_says_where_it_was_found():
+    for shape, told in (((1, 3), "is no list of those"), ((2, 0), "a Gaussian policy has none")):
+        told = f"masks of .16. entries, but there are {math.prod(shape)} choices: .*{told}.*; a mask that is no mask needs"
+        with pytest.raises(UsageError, match=told):
+            ppo_shared_params.read_masks(np.zeros((1, 1)), {"mask": np.ones((1, 4, 4))}, np.ones(shape, dtype=bool))
+
+
 def test_a_policy_refuses_what_is_not_finite():
     train(tiny())
     with pytest.raises(NonFiniteError, match="returned a non-finite observation"):
@@ -941,6 +983,8 @@ STOPS = {
     "forward": [("logits, MASKED_LOGIT)", "0.5 * logits, MASKED_LOGIT)"), ("Normal(mean, std,", "Normal(mean, 0.5 * std,")],
     "forward, observations": [(FEATURES, FEATURES.replace("(obs", "(0.5 * obs"))],
     "numpy_policy": [("out = obs @ head[0]", "out = 0.5 * obs @ head[0]")],
+    "observations limited to 1": [("self.policy_trunk(obs)", "self.policy_trunk(obs.clamp(-1, 1))")],
+    "observations limited to 5": [("self.policy_trunk(obs)", "self.policy_trunk(obs.clamp(-5, 5))")],
 }
 
 
@@ -970,6 +1014,32 @@ def test_an_edit_of_the_memory_alone_stops():
     with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy"):
         script.train(script.Args(**TINY | {"run_dir": "run", "lstm": True}))
     assert not Path("run").exists()
+
+
+def test_an_edit_that_leaves_out_the_mask_stops():
+    script: Any = edited([("torch.where(mask, logits, MASKED_LOGIT)", "logits")])
+    with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy"):
+        script.train(script.Args(**TINY | {"run_dir": "run", "env": "MaskedInfo-v0"}))
+    assert not Path("run").exists()
+
+
+def test_an_edit_of_the_cell_without_its_gradient_stops():
+    """In both places of the forward pass, so that the policies agree."""
+    gate = "gates[:, 2 * LSTM_SIZE : 3 * LSTM_SIZE]"
+    script: Any = edited([("g.tanh(), o", "g.relu(), o"), (f"i * np.tanh({gate})", f"i * np.maximum({gate}, 0)")])
+    with pytest.raises(script.UsageError, match=r"LSTMSteps.backward is not the gradient of LSTMSteps.forward"):
+        script.train(script.Args(**TINY | {"run_dir": "run", "lstm": True}))
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(1, 4), (3, 5), (17, 0)])
+def test_a_network_of_relu_with_many_inputs_is_not_refused(shape, seed):
+    """Its outputs are large, so their rounding errors are, too."""
+    script: Any = edited([("nn.Tanh()", "nn.ReLU()")])
+    torch.manual_seed(seed)
+    for lstm in (False, True):
+        script.numpy_policy(script.perturbed(script.Agent(376, shape, lstm=lstm)))
 
 
 # runs
