@@ -25,7 +25,7 @@ import stats
 import suites
 from figures import ALL_ON, KL_TARGET
 from plot import brackets, number
-from report_table1 import BASE, CLIP_02, CONFIGURATIONS, NO_CLIPPING, table1_scores
+from report_table1 import BASE, CLIP_02, CONFIGURATIONS, NO_CLIPPING, UNLIMITED, table1_scores
 from results import RESULTS, RunnerError, is_stopped_early
 from tables import Results, difference, markdown, seeds_text, share, with_extremes, with_interval
 
@@ -95,6 +95,8 @@ COMPARISONS: list[tuple[str, tuple[str, str], tuple[str, str], tuple[str, ...]]]
     ("A2C minus PPO", ALGORITHMS["A2C"], BASE, suites.MUJOCO),
     ("adaptive KL 0.01 minus clipping, all details", ("table1-details", KL_SETTING), BASE, suites.MUJOCO),
     ("clipping 0.2, normalized minus as printed", ("table1-normalized", CLIP_02), ("table1", CLIP_02), suites.MUJOCO),
+    ("clipping 0.2, as printed, raw observations unlimited minus limited", UNLIMITED, ("table1", CLIP_02), suites.MUJOCO),
+    ("clipping 0.2, normalized minus raw observations unlimited", ("table1-normalized", CLIP_02), UNLIMITED, suites.MUJOCO),
     *(
         (f"{setting} minus all details on", (suite, setting), BASE, envs)
         for suite, (settings, envs, _) in suites.CLOSER.items()

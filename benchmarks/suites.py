@@ -286,6 +286,8 @@ def make_suite(name: str) -> list[Run]:
         script, flags = TABLE1["no clipping or penalty"]
         setting = {"no clipping or penalty": (script, AS_PRINTED_NORMALIZED | flags)}
         return grid(name, setting, ["HalfCheetah", "Reacher"], TWENTY[3:])
+    if name == "unlimited":  # as printed, where the limit of +-5 acts on raw observations
+        return grid(name, {"clipping 0.2": (CLIP, AS_PRINTED | {"clip_obs": "inf"})}, MUJOCO, SEEDS)
     if name == "initial":  # a single rollout: all of its episodes are those of the policy before training
         one = {"num_steps": 20_000, "total_timesteps": 20_000, "update_epochs": 1, "compile": False}
         return grid(name, {"as printed": (CLIP, AS_PRINTED | one), "all details": (CLIP, one)}, MUJOCO, SEEDS)
@@ -341,7 +343,7 @@ def make_suite(name: str) -> list[Run]:
 
 
 SUITES = (
-    *("base", "table1", "table1-normalized", "collapse", "initial", "table1-details", "figure3", "peer"),
+    *("base", "table1", "table1-normalized", "unlimited", "collapse", "initial", "table1-details", "figure3", "peer"),
     *("discrete", "objective", "dm_control", "shared-mujoco", "atari-short", "table6", "details"),
     *CLOSER,
     *RLHF,

@@ -469,6 +469,7 @@ def test_suites_have_the_sizes_of_the_paper():
     sizes = {name: len(suites.make_suite(name)) for name in suites.SUITES}
     assert sizes["table1"] == sizes["table1-normalized"] == sizes["table1-details"] == 11 * 7 * 3
     assert sizes["base"] == 7 * 10 + 20
+    assert sizes["unlimited"] == 7 * 3
     assert sizes["collapse"] == 2 * 17
     assert sizes["figure3"] == 3 * 7 * 3
     assert sizes["peer"] == 7 * 3
@@ -1045,7 +1046,7 @@ def test_modes_levels_and_collapse(tmp_path):
     fake_results(tmp_path, "collapse", [none], ["Walker2d"], range(4, 11), lambda s, e, seed: 200 if seed == 4 else 1500)
     r = report.Results(tmp_path)
     assert "| above 2400 | 2 of 10, 20% [6%, 51%] | 4000 to 4000 |" in report.table_modes(r)
-    assert "| Walker2d-v4 | ~3460 | 3000 |  | 3002 [3001, 3002] |  | 0, 2, 0 |" in report_table1.table_levels(r)
+    assert "| Walker2d-v4 | ~3460 | 3000 |  |  | 3002 [3001, 3002] |  | 0, 0, 2, 0 |" in report_table1.table_levels(r)
     row = "| observations normalized | Walker2d-v4 | 3 of 10, 30% [11%, 60%] | 4 of 10, 40% [17%, 69%] | 1500 (-100 to 1500) |"
     assert row in report_table1.table_collapse(r)
 
