@@ -202,7 +202,7 @@ class Args:
     # of the trunk: float32 (TF32 on a GPU), or bfloat16, whose difference in score is not known (benchmarks/RESULTS.md);
     # what it gains on this CPU stands above the flags
     precision: Literal["float32", "bfloat16"] = "float32"
-    # CPU threads of each rank, at least 1, of torch and of envpool, which take turns; default: the cores there are
+    # CPU threads of each rank, at least 1, of torch and of envpool, which take turns; default: all cores that it may use
     num_threads: Cores = CORES
 
     @property

@@ -184,7 +184,7 @@ class Args:
     clip_actions: bool = True  # [detail 27] the environment gets actions clipped to its bounds, the learner the unclipped
     # [detail 28] observations by running mean and variance, updated every step or once per rollout (2017)
     norm_obs: Literal["step", "batch", "none"] = "step"
-    clip_obs: Limit = 10.0  # [detail 29] observations limited to +-this after normalization, above 0; inf: off
+    clip_obs: Limit = 10.0  # [detail 29] observations limited to +-this, after normalization if there is any; inf: off
     norm_reward: bool = True  # [detail 30] rewards divided by the running deviation of the discounted return
     clip_reward: Limit = 10.0  # [detail 31] rewards limited to +-this after scaling, above 0; inf: off
     anneal_clip: bool = False  # clip range falls linearly to 0 (baselines of August 2017)

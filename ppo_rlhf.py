@@ -4,7 +4,7 @@
     python ppo_rlhf.py --env my_module:score --data my_texts.txt --track
     python ppo_rlhf.py --evaluate runs/NAME
 
-The first command trains everything itself, in about six minutes: a byte-level BPE, a small GPT, a reward model on real human
+The first command trains everything itself, in five to nine minutes: a byte-level BPE, a small GPT, a reward model on real human
 ratings, then PPO. Only PPO is run anew where these are in ~/.cache/ppo_rlhf.
 
 Map of this file, in the order in which it is read:

@@ -5,9 +5,9 @@
     python ppo_shared_params.py --env BipedalWalker-v3 --discretize-actions 7 --norm-obs step
 
 CartPole 500 [500, 500], Acrobot -84.2 [-85.9, -82.5] after 500,000 steps: last 100 episodes, 5 seeds each, half a minute.
-Rewards are scaled: the value loss of unscaled ones takes most of a shared trunk's clipped gradient. CartPole then reaches
-234 [219, 248], or 495 [488, 499] with --vf-coef 0.01 (5 seeds each). What is not about the networks and the actions is that of
-ppo_continuous.py.
+Rewards are scaled. With unscaled ones CartPole reaches 234 [219, 248], or 495 [488, 499] with --vf-coef 0.01 (5 seeds
+each), probably because their value loss fills the clipped gradient of a shared trunk. What is not about the networks and
+the actions is that of ppo_continuous.py.
 
 Map of this file, in the order in which it is read:
     Flags                 every setting, one line each
@@ -197,7 +197,7 @@ class Args:
     clip_actions: bool = True  # [detail 27] the environment gets actions clipped to its bounds, the learner the unclipped
     # [detail 28] observations by running mean and variance, updated every step or once per rollout (2017)
     norm_obs: Literal["step", "batch", "none"] = "none"
-    clip_obs: Limit = math.inf  # [detail 29] observations limited to +-this after normalization, above 0; inf: off
+    clip_obs: Limit = math.inf  # [detail 29] observations limited to +-this, after normalization if there is any; inf: off
     norm_reward: bool = True  # [detail 30] rewards divided by the running deviation of the discounted return
     clip_reward: Limit = math.inf  # [detail 31] rewards limited to +-this after scaling, above 0; inf: off
     anneal_clip: bool = False  # clip range falls linearly to 0 (baselines of August 2017)

@@ -25,7 +25,7 @@ import stats
 import suites
 from figures import ALL_ON, KL_TARGET
 from plot import brackets, number
-from report_table1 import BASE, CLIP_02, CONFIGURATIONS, NO_CLIPPING, UNLIMITED, table1_scores
+from report_table1 import BASE, CLIP_02, CONFIGURATIONS, NO_CLIPPING, UNLIMITED
 from results import RESULTS, RunnerError, is_stopped_early
 from tables import Results, difference, markdown, seeds_text, share, with_extremes, with_interval
 
@@ -273,27 +273,21 @@ def table_measured(r: Results) -> str:
         above = share(int((cheetah >= MODES).sum()), len(cheetah))
         lines.append(f"HalfCheetah has [two kinds of runs]({page}#two-kinds-of-runs-on-halfcheetah):")
         lines[-1] += f" {above}, end above {MODES:.0f}."
-    for suite, name in list(CONFIGURATIONS.items())[:2]:
-        if scores := table1_scores(r, suite, "run"):
-            n = len(scores[CLIP_02])
-            lines.append(f"[Table 1]({page}#table-1-surrogate-objectives), {name}, {n} seed{'s' * (n > 1)}: clipping 0.2")
-            other = with_interval(table1_scores(r, suite, "setting")[CLIP_02])
-            lines[-1] += f" {with_interval(scores[CLIP_02])} or {other} (two readings; paper: 0.82), no clipping or penalty"
-            lines[-1] += f" {with_interval(scores[NO_CLIPPING])} (-0.39)."
-    levels = [(name, r.cell(suite, CLIP_02, "Walker2d")) for suite, name in list(CONFIGURATIONS.items())[:2]]
-    if any(cell for _, cell in levels):
-        lines.append("Walker2d, clipping 0.2: " + "; ".join(f"{name} {cell}" for name, cell in levels if cell))
-        lines[-1] += "; the paper's Figure 3: read as 3000 and 3460."
+    printed, normalized = (r.scores(suite, CLIP_02, "Walker2d") for suite in list(CONFIGURATIONS)[:2])
+    if len(printed) and len(normalized):
+        lines.append(f"Walker2d, clipping 0.2: as printed {with_interval(printed)}, observations normalized")
+        lines[-1] += f" {with_interval(normalized)}, difference {difference(normalized, printed)} (n {len(normalized)},"
+        lines[-1] += f" {len(printed)}); the paper's Figure 3, read twice: 3000, 3460."
     reacher = np.concatenate([r.scores(suite, NO_CLIPPING, "Reacher") for suite in ("table1-normalized", "collapse")])
     if len(reacher) and low is not None:
         below = share(int((reacher < low[0]).sum()), len(reacher))
-        lines.append(f"Without clipping or penalty, observations normalized, Reacher ends below random in {below}.")
+        lines.append(f"Without clipping or penalty, observations normalized, runs on Reacher that end below random: {below}.")
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO, settings of rl-zoo, minus PPO: ")
+        lines.append("TRPO, settings of rl-zoo (some tuned to a task), minus PPO: ")
         clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
-        open_ = [f"{env} ({difference(*xy)})" for env, xy in known.items() if not told[env]]
+        open_ = [f"{env} ({difference(*xy)}; n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if not told[env]]
         lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
     larger, default = (r.scores("atari-short", setting, "Breakout") for setting in (LARGER, "bfloat16"))
     if len(larger) and len(default):

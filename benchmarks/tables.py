@@ -141,7 +141,9 @@ class Results:
         headers = pd.DataFrame(list(self.of(suite)["header"]))
         if not len(headers):
             return "\nNothing was run yet.\n"
-        machines = sorted({f"{h.gpu}, {h.cpu}" if h.gpu else h.cpu for h in headers.itertuples()})
+        kinds = headers["cpu_kind"] if "cpu_kind" in headers else [None] * len(headers)
+        cpus = [f"{cpu} ({kind})" if isinstance(kind, str) else cpu for cpu, kind in zip(headers["cpu"], kinds, strict=True)]
+        machines = sorted({f"{gpu}, {cpu}" if gpu else cpu for gpu, cpu in zip(headers["gpu"], cpus, strict=True)})
         versions = sorted({f"{name} {version}" for versions in headers["versions"] for name, version in versions.items()})
         scripts = []
         for name, commits in headers.groupby("script")["script_commit"]:

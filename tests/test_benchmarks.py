@@ -1084,12 +1084,10 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     text = report.table_measured(report.Results(tmp_path))
     for part in (
         "2 of 10, 20% [6%, 51%], end above 2400.",
-        "as printed, 2 seeds: clipping 0.2 1.00 [1.00, 1.00] or 1.00 [1.00, 1.00] (two readings; paper: 0.82), "
-        "no clipping or penalty 0.60 [0.60, 0.60] (-0.39).",
-        "as printed 90.0 [90.0, 90.0]; observations normalized 90.0 [90.0, 90.0]; the paper's Figure 3: read as 3000 and 3460.",
-        "Reacher ends below random in 2 of 4, 50% [15%, 85%].",
+        "as printed 90.0 [90.0, 90.0], observations normalized 90.0 [90.0, 90.0], difference 0.00 [0.00, 0.00] (n 2, 2);",
+        "runs on Reacher that end below random: 2 of 4, 50% [15%, 85%].",
         "Hopper 4840 [",
-        " (n 3, 10); not known on Swimmer (-160 [-850, 300]).",
+        " (n 3, 10); not known on Swimmer (-160 [-850, 300]; n 3, 10).",
         "minus defaults: 10.00 [10.00, 10.00] (n 3, 3).",
     ):
         assert part in text
@@ -1158,7 +1156,7 @@ def test_over_optimization_is_read_from_the_course_of_training(tmp_path):
     assert "| rlhf-overopt, beta 0 | 2 | 0.90 | 4.00 | 50.00 | 0.60 | 6.00 | 100.00 | 0.30 |" in text
     assert "| rlhf-overopt, beta 0.05 | 1 | 0.80 | 3.00 | 25.00 | 0.80 | 3.00 | 25.00 | 0.00 |" in text
     assert "fell by 0.30 [0.30, 0.30] without the penalty and 0.00 [0.00, 0.00] with it" in text
-    assert "difference 0.30 [0.30, 0.30]; by 0.15 or more in 2 of 2, 100% [34%, 100%] and 0 of 2, 0% [0%, 66%]." in text
+    assert "difference 0.30 [0.30, 0.30]; by more than 0.15 in 2 of 2, 100% [34%, 100%] and 0 of 2, 0% [0%, 66%]." in text
     assert "at the same KL: +0.25 [+0.25, +0.25] (n 2)" in text  # 0.8 against 0.55, half of the way from 0.2 to 0.9
     assert "rlhf-human:" not in text
 
@@ -1172,10 +1170,15 @@ def test_readme_tells_of_language_models_what_was_run(tmp_path):
         fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, args, lambda *_, c=course: c)
     text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
     assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
-    assert "VADER, which it never saw, from 0.20 to 0.60 [0.60, 0.60], at a KL of 20.00 [20.00, 20.00] nats." in text
-    assert "reached 80.00 [80.00, 80.00] and VADER 0.30 [0.30, 0.30], 0.20 [0.20, 0.20] below its highest value" in text
+    assert "at a KL of 20.00 [20.00, 20.00] nats. VADER rose from 0.20 to 0.60 [0.60, 0.60]: a lexicon of sentiment" in text
+    assert "the others alone" not in text
+    assert "reached 80.00 [80.00, 80.00]. VADER ended at 0.30 [0.30, 0.30], 0.20 [0.20, 0.20] below its highest value" in text
     assert "minus that without is 0.30 [0.30, 0.30] (2 and 2 seeds). The reward models (2 seeds)" in text
     assert "agree with people on 70.0% [70.0%, 70.0%]" in text
+    new = course_of((0, 0.2, 0), (10, 0.7, 3)) | stages
+    fake_results(tmp_path, "rlhf-human", ["KL target 10"], ["human"], (3, 4, 5), lambda *_: 0, args, lambda *_: new)
+    text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
+    assert "seeds 1 to 3 known; the others alone: score 3.00 [3.00, 3.00], VADER 0.70 [0.70, 0.70], KL 10.00" in text
 
 
 def test_effects_of_details_of_language_models(tmp_path):
