@@ -821,7 +821,7 @@ def test_random_scores_replace_no_others(tmp_path, capsys):
     stored = file.read_text()
     assert json.loads(stored)["episodes"] == 3
     assert run.main([*words, "InvertedPendulum", "--episodes", "2"]) == 2
-    assert "is of 3 episodes: delete it" in capsys.readouterr().err
+    assert "InvertedPendulum.json is not of 2 episodes: delete it" in capsys.readouterr().err
     assert file.read_text() == stored
     for env, message in (("NoSuchTask", "unknown environment NoSuchTask"), ("CartPole-v1", "the action space is Discrete(2)")):
         assert run.main([*words, env, "--episodes", "2"]) == 2
