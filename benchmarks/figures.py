@@ -38,7 +38,7 @@ def draw_table1(data: dict, plt):
         for left, *score in zip(x, mean, low, high, strict=True):
             if score[0] < TABLE1_BOTTOM:
                 text = f" {number(score[0])}{brackets(*score[1:])}"
-                axis.text(left + width / 2, TABLE1_BOTTOM + 0.03 + 0.09 * i, text)
+                axis.text(round(left) + 0.4, TABLE1_BOTTOM + 0.03 + 0.09 * i, text)  # beside all bars of the setting
     axis.axhline(0, color="black", lw=0.8)
     if axis.get_ylim()[0] < TABLE1_BOTTOM:
         axis.set_ylim(TABLE1_BOTTOM, 1.05)
