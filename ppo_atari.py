@@ -959,7 +959,7 @@ def check_bounds(args: Any):
         for words, holds in getattr(hint, "__metadata__", ()):
             if not holds(value):
                 raise UsageError(f"{name} is {value}: it must {words}")
-        if type(value) is int and kind in (float, float | None):
+        if isinstance(value, int) and not fits:  # 1 for 1.0
             setattr(args, name, float(value))
 
 

@@ -97,7 +97,7 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
     if (run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(run_dir), *own], run_dir
     shutil.rmtree(run_dir, ignore_errors=True)  # cut before its first checkpoint, or without any
-    if not run.peer and "eval_episodes" not in run.flags and "eval_every" not in (ROOT / run.script).read_text():
+    if not run.peer and "eval_episodes" not in run.flags and not re.search("eval.every", Path(command[1]).read_text()):
         own += ["--eval-episodes", "0"]  # where a script evaluates while it trains, that is part of the result
     return [*command, *run.options(), *own, "--run-dir", str(run_dir)], run_dir
 
@@ -288,9 +288,11 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
 
 def tell_other_versions(runs: list[suites.Run], results: Path):
     """A line where finished runs of a sweep are of another text of the script than that of now."""
-    now = {run.script: hashlib.sha256((ROOT / run.script).read_bytes()).hexdigest() for run in runs}
+    if not runs:
+        return
+    now = hashlib.sha256((ROOT / runs[0].script).read_bytes()).hexdigest()  # a sweep has one script
     stored = [read_result(result_file(results, run.suite, run.name))["header"].get("script_sha256") for run in runs]
-    if other := sum(sha256 != now[run.script] for run, sha256 in zip(runs, stored, strict=True)):
+    if other := sum(sha256 != now for sha256 in stored):
         print(f"{other} of the finished runs are of another version of {script_of(runs[0])}: --name NAME begins a new set")
 
 

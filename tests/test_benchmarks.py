@@ -745,10 +745,6 @@ def test_ray_without_ray_is_one_sentence(repo):
     assert "--ray needs Ray: pip install ray" in err
 
 
-def plan_of(repo, name):
-    return json.loads((repo / f"benchmarks/runs/sweep_ppo_continuous/{name}.json").read_text())
-
-
 def test_another_script_under_the_same_name_is_refused(repo):
     shutil.copy(repo / "ppo_continuous.py", repo / "mine.py")
     assert finish(repo, *sweep("A"), "--go")[0] == 0
@@ -802,6 +798,13 @@ def test_evaluations_of_a_sweep_are_those_asked_for(repo):
         patch.setattr(run, "ROOT", repo)
         (repo / "ppo_continuous.py").write_text("eval_every: int = 10")  # a copy of ppo_rlhf.py
         assert evaluated() == []
+
+
+def test_runs_of_suites_of_language_models_evaluate(tmp_path):
+    """benchmarks/exact.py, too, which runs ppo_rlhf.py: its result is made of evaluations."""
+    for suite, flag in (("rlhf-exact", False), ("rlhf-human", False), ("base", True)):
+        command, _ = run.make_command(suites.make_suite(suite)[0], tmp_path, "python", None, 1)
+        assert ("--eval-episodes" in command) == flag, suite
 
 
 def test_default_steps_are_read_or_unknown(repo, monkeypatch):
