@@ -355,7 +355,8 @@ def unroll_lstm(cell: Any, x: torch.Tensor, first: torch.Tensor, state: torch.Te
     x: (T * n, inputs), time-major; first: (T * n,), 1 at the first observation of an episode; state: (n, 2, H), output
     and memory cell before the first step.
     """
-    inputs = nn.functional.linear(x, cell.weight_ih, cell.bias_ih + cell.bias_hh).view(-1, len(state), 4 * LSTM_SIZE)
+    bias = cell.bias_ih + cell.bias_hh if cell.bias else None
+    inputs = nn.functional.linear(x, cell.weight_ih, bias).view(-1, len(state), 4 * LSTM_SIZE)
     hs, cs, _ = LSTMSteps.apply(inputs, cell.weight_hh, (1 - first).view(-1, len(state), 1), state)
     return hs.flatten(0, 1), torch.stack([hs[-1], cs[-1]], dim=1)
 
@@ -480,8 +481,8 @@ def numpy_policy(agent: Agent):
             raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
     head = layers.pop()
     if agent.policy_cell is not None:
-        w_x, w_h, b_x, b_h = (x.detach().cpu().numpy() for x in agent.policy_cell.parameters())
-        w_x, w_h, b = np.ascontiguousarray(w_x.T), np.ascontiguousarray(w_h.T), b_x + b_h
+        w_x, w_h, *biases = (x.detach().cpu().numpy() for x in agent.policy_cell.parameters())
+        w_x, w_h, b = np.ascontiguousarray(w_x.T), np.ascontiguousarray(w_h.T), sum(biases)
     std = None if agent.log_std is None else np.exp(agent.log_std.detach().cpu().numpy())
 
     def policy(obs: np.ndarray, first: np.ndarray, memory: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

@@ -1,5 +1,6 @@
 """What several test files need: tiny arguments, log files, and the script as a subprocess."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,6 +94,20 @@ def run_script(*words, script: Path | str = SCRIPT, **env) -> subprocess.Complet
     """python script words..., in the current directory, with the environment variables changed."""
     command = [sys.executable, str(script), *map(str, words)]
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600, check=False)
+
+
+def edited(changes: list[tuple[str, str]], script: Path = SCRIPT) -> ModuleType:
+    """A copy of the script in the current directory, with each text replaced wherever it stands, imported."""
+    text = script.read_text()
+    for old, new in changes:
+        assert old in text, f"the trial edit finds no {old!r}"
+        text = text.replace(old, new)
+    Path("my_ppo.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("my_ppo", Path("my_ppo.py").resolve())
+    assert spec and spec.loader
+    module = sys.modules["my_ppo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_main(words: list[str], stderr: str):

@@ -3,13 +3,10 @@
 An edit trains the policy that acts, or stops with a sentence before there is a run directory.
 """
 
-import importlib.util
 import math
 import os
-import sys
 import tracemalloc
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import gymnasium
@@ -20,7 +17,7 @@ from gymnasium import spaces
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 import ppo_continuous
-from helpers import SCRIPT, TINY, read_checkpoint, read_jsonl, read_metrics, tiny_args, tiny_flags
+from helpers import TINY, edited, read_checkpoint, read_jsonl, read_metrics, tiny_args, tiny_flags
 from ppo_continuous import Agent, UsageError, flatten_obs, make_envs, train
 
 # places of the script
@@ -108,20 +105,6 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "numpy_policy alone": ([("np.exp(agent.log_std", "0.5 * np.exp(agent.log_std")], FOLLOW),
     "deviation where it is not 1": ([("np.exp(agent.log_std", "np.exp(0.5 * agent.log_std")], FOLLOW),
 }
-
-
-def edited(changes: list[tuple[str, str]]) -> ModuleType:
-    """A copy of the script in the current directory, with each text replaced wherever it stands, imported."""
-    text = SCRIPT.read_text()
-    for old, new in changes:
-        assert old in text, f"the trial edit finds no {old!r}"
-        text = text.replace(old, new)
-    Path("my_ppo.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("my_ppo", Path("my_ppo.py").resolve())
-    assert spec and spec.loader
-    module = sys.modules["my_ppo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Acting:

@@ -1,13 +1,11 @@
 """ppo_shared_params.py: one trunk or two, discrete and multi-discrete actions, action masks, LSTM, partial observation."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -20,7 +18,7 @@ from torch.distributions import Categorical
 
 import ppo_continuous
 import ppo_shared_params
-from helpers import equal, read_checkpoint, read_jsonl, read_metrics, run_script
+from helpers import edited, equal, read_checkpoint, read_jsonl, read_metrics, run_script
 from ppo_shared_params import (
     INVERSE_KEYS,
     MASK_KEYS,
@@ -956,24 +954,11 @@ def test_a_policy_refuses_what_is_not_finite():
 # trial edits
 
 
-def edited(changes: list[tuple[str, str]]) -> ModuleType:
-    """A copy of the script in the current directory, with each text replaced wherever it stands, imported."""
-    text = SCRIPT.read_text()
-    for old, new in changes:
-        assert old in text, f"the trial edit finds no {old!r}"
-        text = text.replace(old, new)
-    Path("my_ppo.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("my_ppo", Path("my_ppo.py").resolve())
-    assert spec and spec.loader
-    module = sys.modules["my_ppo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 FEATURES = "features = self.features(obs, first, state)\n        value"
 TRAINS = {
     "hidden sizes": [("nn.Linear(obs_dim, 64)", "nn.Linear(obs_dim, 48)"), ("nn.Linear(64, 64)", "nn.Linear(48, 64)")],
     "ReLU": [("nn.Tanh()", "nn.ReLU()")],
+    "LSTM without bias": [("nn.LSTMCell(64, LSTM_SIZE)", "nn.LSTMCell(64, LSTM_SIZE, bias=False)")],
     "two layers for the value": [("head(1, 1.0), head(", "nn.Sequential(head(8, 1.0), nn.Linear(8, 1)), head(")],
 }
 STOPS = {
@@ -992,7 +977,7 @@ STOPS = {
 @pytest.mark.parametrize("env", ["RandomEndsMulti-v0", "RandomEndsBox-v0"])
 @pytest.mark.parametrize("name", TRAINS)
 def test_an_edit_that_trains(name, env, lstm):
-    script: Any = edited(TRAINS[name])
+    script: Any = edited(TRAINS[name], SCRIPT)
     script.train(script.Args(**TINY | {"run_dir": "run", "num_minibatches": 1, "update_epochs": 1, "env": env, "lstm": lstm}))
     for record in read_metrics("run")[1:]:
         assert abs(record["losses/approx_kl"]) < 1e-6
@@ -1003,21 +988,21 @@ def test_an_edit_that_trains(name, env, lstm):
 @pytest.mark.parametrize("env", ["RandomEndsMulti-v0", "RandomEndsBox-v0"])
 @pytest.mark.parametrize("name", STOPS)
 def test_an_edit_that_stops(name, env, lstm):
-    script: Any = edited(STOPS[name])
+    script: Any = edited(STOPS[name], SCRIPT)
     with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy|numpy_policy does not know SiLU"):
         script.train(script.Args(**TINY | {"run_dir": "run", "env": env, "lstm": lstm}))
     assert not Path("run").exists()
 
 
 def test_an_edit_of_the_memory_alone_stops():
-    script: Any = edited([("c = f * memory[:, 1] + i *", "c = 0.9 * f * memory[:, 1] + i *")])
+    script: Any = edited([("c = f * memory[:, 1] + i *", "c = 0.9 * f * memory[:, 1] + i *")], SCRIPT)
     with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy"):
         script.train(script.Args(**TINY | {"run_dir": "run", "lstm": True}))
     assert not Path("run").exists()
 
 
 def test_an_edit_that_leaves_out_the_mask_stops():
-    script: Any = edited([("torch.where(mask, logits, MASKED_LOGIT)", "logits")])
+    script: Any = edited([("torch.where(mask, logits, MASKED_LOGIT)", "logits")], SCRIPT)
     with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy"):
         script.train(script.Args(**TINY | {"run_dir": "run", "env": "MaskedInfo-v0"}))
     assert not Path("run").exists()
@@ -1026,7 +1011,7 @@ def test_an_edit_that_leaves_out_the_mask_stops():
 def test_an_edit_of_the_cell_without_its_gradient_stops():
     """In both places of the forward pass, so that the policies agree."""
     gate = "gates[:, 2 * LSTM_SIZE : 3 * LSTM_SIZE]"
-    script: Any = edited([("g.tanh(), o", "g.relu(), o"), (f"i * np.tanh({gate})", f"i * np.maximum({gate}, 0)")])
+    script: Any = edited([("g.tanh(), o", "g.relu(), o"), (f"i * np.tanh({gate})", f"i * np.maximum({gate}, 0)")], SCRIPT)
     with pytest.raises(script.UsageError, match=r"LSTMSteps.backward is not the gradient of LSTMSteps.forward"):
         script.train(script.Args(**TINY | {"run_dir": "run", "lstm": True}))
     assert not Path("run").exists()
@@ -1036,7 +1021,7 @@ def test_an_edit_of_the_cell_without_its_gradient_stops():
 @pytest.mark.parametrize("shape", [(1, 4), (3, 5), (17, 0)])
 def test_a_network_of_relu_with_many_inputs_is_not_refused(shape, seed):
     """Its outputs are large, so their rounding errors are, too."""
-    script: Any = edited([("nn.Tanh()", "nn.ReLU()")])
+    script: Any = edited([("nn.Tanh()", "nn.ReLU()")], SCRIPT)
     torch.manual_seed(seed)
     for lstm in (False, True):
         script.numpy_policy(script.perturbed(script.Agent(376, shape, lstm=lstm)))
