@@ -790,7 +790,8 @@ def train(args: Args) -> dict:
         runner.load_state_dict(run.checkpoint)
         updates = run.checkpoint["updates"]
     run.open(state_dict())
-    say(f"{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
+    slow = args.precision == "bfloat16" and args.device == "cpu" and not bfloat16_unit()
+    say(f"{'warning: ' * slow}{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
     agent.load(theta)
     mark_static(args, theta, *adam, *runner.memory)
     act, (compute_gradient, adam_step) = make_act(agent, args), make_update(agent, args)
@@ -1000,12 +1001,18 @@ def set_up_torch(args: Args):
         torch.set_float32_matmul_precision("high")
 
 
+def bfloat16_unit() -> str:
+    """Unit of this CPU that multiplies bfloat16; empty if it has none, which with AVX2 takes ten times as long as float32."""
+    can = torch.cpu.get_capabilities()
+    return "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
+
+
 def describe_cpu() -> str:
     """What the CPU at hand can do for --precision bfloat16."""
-    can, kernels = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
-    unit = "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
-    gain = f"{unit}, with which --precision bfloat16 is 1.4 to 2.1 times as fast" if unit else "no instructions for bfloat16"
-    return f"this CPU has {kernels} and {gain}"
+    gain = "with which --precision bfloat16 is 1.4 to 2.1 times as fast as float32"
+    loss = "no instructions for bfloat16: leave out --precision bfloat16, which with AVX2 takes ten times as long"
+    unit = bfloat16_unit()
+    return f"this CPU has {torch.backends.cpu.get_cpu_capability()} and {f'{unit}, {gain}' if unit else loss}"
 
 
 def make_agent(args: Args, spaces: Spaces) -> Agent:

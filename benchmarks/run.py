@@ -296,6 +296,14 @@ def tell_other_versions(runs: list[suites.Run], results: Path):
         print(f"{other} of the finished runs are of another version of {script_of(runs[0])}: --name NAME begins a new set")
 
 
+def tell_slow_bfloat16(runs: list[suites.Run], options: argparse.Namespace):
+    """A warning where runs would take bfloat16 on a CPU that has no instructions for it."""
+    half = any(run.flags.get("precision") == "bfloat16" for run in runs)
+    if half and not (options.gpus or options.ray or suites.load_script("ppo_atari").bfloat16_unit()):
+        slow = "this CPU has no instructions for bfloat16, so these runs may take ten times as long"
+        print(f"warning: {slow}; in float32: python benchmarks/run.py sweep ppo_atari.py --env GAME", file=sys.stderr)
+
+
 def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     """Prints the plan or carries it out; returns the exit code."""
     for flag, given, known in (
@@ -325,6 +333,7 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     seconds = expected_seconds(left, options.results_dir) / max(min(jobs, len(left)), 1)
     where = f"on the Ray cluster {options.ray}" if options.ray else f"{jobs} at a time"
     print(f"{len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} left, {where}, expected time {clock(seconds)}")
+    tell_slow_bfloat16(left, options)
     if not options.go:
         for run in left:
             cut = (options.runs_dir / suites.slug(run.suite) / run.name / "checkpoint.pt").is_file()

@@ -778,14 +778,16 @@ def test_what_is_said_of_the_cpu(monkeypatch, command_line):
     for flags, words in (
         ({"amx_bf16": True, "avx512_bf16": True}, "AMX, with which"),
         ({"avx512_bf16": True}, "avx512_bf16, with which"),
-        ({}, "no instructions for bfloat16"),
+        ({}, "no instructions for bfloat16: leave out --precision bfloat16"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
         assert words in ppo_atari.describe_cpu()
-    code, _, err = command_line(*tiny_flags(total_timesteps=16))
-    assert code == 0
-    assert "1 rank(s); this CPU has " in err
-    assert "no instructions for bfloat16" in err
+    for precision, flags in (("float32", {}), ("bfloat16", {}), ("bfloat16", {"avx512_bf16": True})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        code, _, err = command_line(*tiny_flags(f"{precision}{len(flags)}", total_timesteps=16, precision=precision))
+        assert code == 0
+        assert f"1 rank(s); {ppo_atari.describe_cpu()}\n" in err
+        assert ("warning: 1 rank(s)" in err) == (precision == "bfloat16" and not flags)
 
 
 @pytest.mark.parametrize(("scale_obs", "seed"), [(True, 10), (False, 10)])

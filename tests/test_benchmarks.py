@@ -588,6 +588,14 @@ def test_plan_starts_nothing(repo):
     assert not (repo / "benchmarks/runs").exists()
 
 
+@pytest.mark.parametrize(("unit", "gpus", "warned"), [("avx512_bf16", [], False), ("", [], True), ("", ["--gpus", "0"], False)])
+def test_a_plan_says_that_bfloat16_is_slow_here(monkeypatch, capsys, tmp_path, unit, gpus, warned):
+    monkeypatch.setattr(suites.load_script("ppo_atari"), "bfloat16_unit", lambda: unit)
+    for suite, settings in (("table6", True), ("dm_control", False)):
+        assert run.main([suite, "--results-dir", str(tmp_path), *gpus]) == 0
+        assert ("no instructions for bfloat16" in capsys.readouterr().err) == (warned and settings)
+
+
 def test_sweep_runs_and_skips_what_is_finished(repo):
     code, out, err = finish(repo, *sweep("A", "B", seeds=("1", "2")), "--go", "--jobs", "2")
     assert (code, "4 of 4 runs finished, 0 failed" in out) == (0, True), err
