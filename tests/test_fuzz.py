@@ -307,12 +307,16 @@ def to_words(rng: random.Random, flags: Flags) -> list[str]:
 
 
 def fit_steps(flags: Flags) -> Flags:
-    """Two rollouts, where the sizes are numbers: so that they are not refused for too few steps."""
+    """Two rollouts, where the sizes are numbers: so that they are not refused for too few steps.
+
+    Not where they would take minutes, but again where no machine has the memory.
+    """
     try:
         rollout = int(flags["--num-envs"][0]) * int(flags["--num-steps"][0])
     except ValueError:
         return flags
-    return flags | {"--total-timesteps": [str(2 * rollout)]} if rollout > 0 else flags
+    fits = 0 < rollout <= 10**5 or rollout > 10**10
+    return flags | {"--total-timesteps": [str(2 * rollout)]} if fits else flags
 
 
 def draw_case(script: str, number: int) -> Case:
