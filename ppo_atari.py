@@ -63,6 +63,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
 
+SOURCE = Path(__file__).read_bytes()  # the text that runs: what is edited while torch is imported comes too late
 SIGNALS = [-math.inf]  # times of those that were heeded
 
 
@@ -97,7 +98,7 @@ gc.enable()
 gc.freeze()  # what they loaded stays until the end, so it is never scanned
 
 KIND = "ppo_atari"  # of checkpoints; stays when the file is renamed
-SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
+SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 
 class UsageError(Exception):
@@ -789,7 +790,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
         updates = run.checkpoint["updates"]
-    run.open(state_dict())
+    run.open(state_dict(), agent if args.compile else None)
     slow = args.precision == "bfloat16" and args.device == "cpu" and not bfloat16_unit()
     say(f"{'warning: ' * slow}{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
     agent.load(theta)
@@ -915,7 +916,7 @@ def to_blocks(frames: np.ndarray) -> torch.Tensor:
 
 
 def make_seeds(seed: int, iteration: int, count: int) -> list[int]:
-    """Different seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
+    """Independent seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
     sequence = np.random.SeedSequence([seed, iteration]).generate_state(count + 1) >> 1  # 31 bits
     random.seed(int(sequence[0]))
     np.random.seed(int(sequence[0]))
@@ -952,7 +953,11 @@ def check_bounds(args: Any):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
         kind = hint if origin is Union else origin  # Optional[...] of an edited copy
-        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        try:
+            fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        except TypeError as error:  # such as Weight | None
+            ways = 'Annotated[float | None, ...] as OptionalLimit is, Literal["a", None] or tuple | None'
+            raise UsageError(f"the type of {name} cannot be checked: write {ways}") from error
         if not isinstance(value, int | float | str | tuple | None):
             raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
@@ -973,6 +978,11 @@ def check_parameters(agent: nn.Module):
     for name in agent.state_dict():
         if name not in parameters:
             raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+    known, reached = {id(x) for x in (*agent.parameters(), *agent.buffers())}, dict[int, Any]()
+    copy.deepcopy(agent, reached)  # by id what the network holds, in lists and dicts, too
+    if any(isinstance(x, torch.Tensor) and key not in known for key, x in reached.items()):
+        layers = "a list of layers is an nn.ModuleList, a tensor that never changes a buffer with persistent=False"
+        raise UsageError(f"the network holds tensors that are neither its parameters nor its buffers: {layers}")
 
 
 def free_memory() -> float:
@@ -1142,12 +1152,23 @@ def describe_run(args: Args) -> dict:
     }
 
 
+def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
+    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
+    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    return {
+        f"{owner}.{name}": repr(value)
+        for owner, holder in owners.items()
+        for name, value in vars(holder).items()
+        if isinstance(value, int | float | str | tuple | None) and name != "training"
+    }
+
+
 class Run:
     """Directory, lock, logs, checkpoints, W&B and progress of one training."""
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
+        self.args, self.constants, self.start_time = args, constants(args), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1194,9 +1215,11 @@ class Run:
         return saved["iteration"]
 
     def refuse_foreign(self):
-        """UsageError where the directory holds another run, save one that was killed before its first checkpoint."""
-        own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
-        if not set(os.listdir(self.dir)) <= own:
+        """UsageError where the directory holds a run or an edited script, save a run killed before its first checkpoint."""
+        files, copy = set(os.listdir(self.dir)), self.dir / Path(__file__).name
+        lines = sum((self.dir / log).read_bytes().count(b"\n") for log in ("metrics.jsonl", "episodes.jsonl") if log in files)
+        edited = "metrics.jsonl" not in files and copy.is_file() and copy.read_bytes() != SOURCE
+        if lines > 1 or edited or not files <= {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", copy.name, "wandb"}:
             resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
             remedy = f"--resume {name} continues it, " if resumable else ""
             raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
@@ -1209,7 +1232,7 @@ class Run:
             self.lock()
             self.refuse_foreign()
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
-                shutil.copy(__file__, self.dir)
+                Path(self.dir, Path(__file__).name).write_bytes(SOURCE)
         except OSError as error:
             if made:
                 shutil.rmtree(self.dir, ignore_errors=True)
@@ -1218,9 +1241,9 @@ class Run:
                     path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
-    def open(self, state: dict):
-        """Directory, logs, the first checkpoint, W&B, the progress bar."""
-        args, saved = self.args, self.checkpoint or {}
+    def open(self, state: dict, compiled: nn.Module | None = None):
+        """Directory, logs, the first checkpoint, W&B, the progress bar; compiled: the network, where it is."""
+        args, saved, self.compiled = self.args, self.checkpoint or {}, compiled
         if not saved:
             self.make_directory()
         self.logs = {name: open(self.dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
@@ -1256,9 +1279,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
-        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
-            if getattr(self.args, name) != value:
-                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
+        for name, value in constants(self.args, self.compiled).items():
+            if self.constants.setdefault(name, value) != value:
+                raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step
@@ -1308,6 +1331,8 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
+        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+            raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()
             os.fsync(log.fileno())
@@ -1384,11 +1409,11 @@ class RunOfRanks(Run):
         if self.args.rank == 0:
             super().lock()
 
-    def open(self, state: dict):
+    def open(self, state: dict, compiled: nn.Module | None = None):
         refusal = [""]
         try:
             if self.args.rank == 0:
-                super().open(state)
+                super().open(state, compiled)
         except UsageError as error:
             refusal = [str(error)]
         dist.broadcast_object_list(refusal)
@@ -1518,7 +1543,7 @@ def draw(envs: Any) -> Image.Image:
 def play_episodes(
     args: Args, checkpoint: dict, seeds: list[int], rng: np.random.Generator, frames: list | None, problems: list
 ):
-    """Plays one whole game from each seed, side by side; yields (return, length) of each as it ends.
+    """Plays one whole game from each seed, side by side; yields (return, length, cut off) of each as it ends.
 
     frames takes pictures of the first, at most 2000. Where it cannot be drawn any longer, the games go on.
     """
@@ -1543,40 +1568,47 @@ def play_episodes(
         raw_obs, resetting = seen.obs, seen.terminated | seen.truncated
         cut_off = step + 1 == args.eval_steps
         for i in np.flatnonzero(running & (seen.game_over | cut_off)):
-            yield float(returns[i]), int(lengths[i])
+            yield float(returns[i]), int(lengths[i]), not seen.game_over[i]
         running &= ~seen.game_over
         if not running.any():
             break
-    if running.any():
-        say(f"{running.sum()} evaluation episode(s) cut off after --eval-steps {args.eval_steps}")
     envs.close()
 
 
 def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
     """Plays args.eval_episodes episodes with frozen observation statistics, at most num_envs at a time.
 
-    Returns {"returns", "lengths", "deterministic", "problems"}, raw rewards summed and steps, and writes it to
-    args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif beside it.
+    Returns {"returns", "lengths", "cut_off", "deterministic", "problems"}: raw rewards summed, steps, how many episodes
+    were cut off. Writes it to args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif
+    beside it.
     closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
     """
     say(f"playing {args.eval_episodes} episodes to evaluate{', drawing the first' if args.capture_video else ''}")
     rng = np.random.default_rng([args.seed, 2**31])  # independent of what training draws
     seeds = rng.integers(2**31, size=args.eval_episodes).tolist()
-    episodes: list[tuple[float, int]] = []
+    episodes: list[tuple[float, int, bool]] = []
     frames: list[Image.Image] = []
     problems: list[str] = []
+    interrupt: KeyboardInterrupt | None = None
     try:
         for i in range(0, len(seeds), args.num_envs):
             drawn = frames if args.capture_video and i == 0 else None
             for episode in play_episodes(args, checkpoint, seeds[i : i + args.num_envs], rng, drawn, problems):
                 episodes.append(episode)  # one by one: what was played before an error is kept
+    except KeyboardInterrupt as error:
+        if not episodes:
+            raise
+        interrupt = error
+        problems.append(f"the evaluation was interrupted after {len(episodes)} of {len(seeds)} episodes")
     except Exception as error:  # of an environment: any kind
         if isinstance(error, UsageError) and not (closing or episodes):
             raise
         told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
         problems.append(f"the evaluation stopped after {len(episodes)} of {len(seeds)} episodes: {told}")
-    result: dict[str, Any] = {"returns": [r for r, _ in episodes], "lengths": [length for _, length in episodes]}
-    result |= {"deterministic": args.eval_deterministic, "problems": problems}
+    result: dict[str, Any] = {"returns": [r for r, *_ in episodes], "lengths": [length for _, length, _ in episodes]}
+    result |= {"cut_off": sum(cut for *_, cut in episodes), "deterministic": args.eval_deterministic, "problems": problems}
+    if result["cut_off"]:
+        say(f"{result['cut_off']} evaluation episode(s) cut off after --eval-steps {args.eval_steps}")
     files = {"evaluation.json": json.dumps(result, allow_nan=False).encode() + b"\n"}
     if frames:
         gif = io.BytesIO()
@@ -1587,6 +1619,8 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
             write_atomically(Path(args.run_dir, name), data)
         except OSError as error:
             problems.append(f"cannot write {Path(args.run_dir, name)}: {error.strerror}")
+    if interrupt:
+        raise KeyboardInterrupt(*interrupt.args, "; ".join(problems))
     return result
 
 

@@ -40,6 +40,7 @@ import errno
 import fcntl
 import gc
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -64,6 +65,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
 
+SOURCE = Path(__file__).read_bytes()  # the text that runs: what is edited while torch is imported comes too late
 SIGNALS = [-math.inf]  # times of those that were heeded
 
 
@@ -100,7 +102,7 @@ gc.freeze()  # what they loaded stays until the end, so it is never scanned
 warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  # gymnasium, on every float64 Box
 
 KIND = "ppo_kl_penalty"  # of checkpoints; stays when the file is renamed
-SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
+SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 INFO_KEYS: tuple[str, ...] = ()  # what it reads of the infos of an environment
 
 
@@ -374,11 +376,13 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
             pairs = zip(acting(probe), expected, strict=True)
             rows = [(np.broadcast_to(a, b.shape).reshape(3, -1), b.reshape(3, -1)) for a, b in pairs]
             acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
-            largest = np.abs(learned).max(axis=1, keepdims=True)
+            finite, largest = np.isfinite(learned).all(axis=1), np.abs(learned).max(axis=1, keepdims=True)
             close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
-        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+        same = close[finite].all()  # a large observation may overflow
     except ValueError:  # as above
         same = False
+    if same and not finite.any():
+        raise NonFiniteError("the policy puts out no finite numbers")
     if not same:
         raise UsageError(
             "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
@@ -740,7 +744,7 @@ def train(args: Args) -> dict:
     if run.checkpoint:
         runner.load_state_dict(run.checkpoint)
         kl_coef = run.checkpoint["kl_coef"]
-    run.open(state_dict())
+    run.open(state_dict(), agent if args.compile else None)
     (update,) = compile_all([make_update(agent, args)], args)
     restart = True
     try:
@@ -867,6 +871,8 @@ def scale_rewards(
 
 def find_env(name: str) -> tuple[str, bool]:
     """Full id of an environment and whether envpool has it. A bare name means version 4, else the newest one."""
+    if not name:
+        raise UsageError("env is empty: give the name of an environment")
     if ":" in name:
         if not re.fullmatch(r"[^\W\d][\w.]*:[^:]+", name):
             raise UsageError(f"unknown environment {name}: an environment of your own is my_module:MyEnv-v0")
@@ -884,17 +890,51 @@ def find_env(name: str) -> tuple[str, bool]:
 
 
 class KeepInfo(gymnasium.Wrapper):
-    """Hands on only those infos that the script reads: others may have any shape, which the vector environment refuses."""
+    """Hands on only those infos that the script reads: others may have any shape, which the vector environment refuses.
+
+    Says in a sentence where an environment does not keep to gymnasium's API, as far as the first step shows it.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.stepped = False
+        try:
+            inspect.signature(env.unwrapped.reset).bind(seed=0, options=None)
+        except TypeError as error:
+            raise UsageError(f"reset of the environment must take seed and options: {error}") from error
 
     def reset(self, **options):
         result = self.env.reset(**options)
         if not (isinstance(result, tuple) and len(result) == 2):  # of the Gym before 0.26
             raise UsageError(f"reset of the environment returned {result!r:.80}: it must return (observation, info)")
+        self.check_obs(result[0])
         return result[0], self.keep(result[1])
 
     def step(self, action):
-        *step, info = self.env.step(action)
-        return *step, self.keep(info)
+        reward: Any
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        except ValueError as error:
+            if "unpack (expected 5" not in str(error):
+                raise
+            wanted = "observation, reward, terminated, truncated and info"
+            raise UsageError(f"step of the environment must return {wanted}: {error}") from error
+        if np.ndim(reward):
+            raise UsageError(f"step of the environment returned the reward {reward!r:.80}: it must be a number")
+        if not self.stepped:
+            self.check_obs(obs)
+        self.stepped = True
+        return obs, reward, terminated, truncated, self.keep(info)
+
+    def check_obs(self, obs: Any):
+        """UsageError where the observation cannot be put among others of its space."""
+        space, vector = self.observation_space, gymnasium.vector.utils
+        together: Any = vector.create_empty_array(space, 1)
+        try:
+            vector.concatenate(space, [obs], together)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            seen = textwrap.shorten(repr(obs), 80)
+            raise UsageError(f"the environment returned {seen}, which does not fit its space {space}: {error!r}") from error
 
     def keep(self, info: dict) -> dict:  # arrays in tuples: the vector environment refuses arrays of several sizes
         kept = {key: info[key] for key in INFO_KEYS if key in info}
@@ -926,9 +966,11 @@ def make_envs(name: str, seeds: list[int], num_threads: int, render: bool = Fals
         except (ImportError, AssertionError, gymnasium.error.Error) as error:  # it asserts what a space may be
             newer = re.sub(r"-v[23]$", "-v4", env_id)
             hint = f"; envpool has {newer}" if newer in envpool.list_all_envs() else ""
-            raise UsageError(f"cannot make environment {name}: {error}{hint}") from error
-        except TypeError as error:
-            if not render:
+            raise UsageError(f"cannot make environment {name}: {str(error) or repr(error)}{hint}") from error
+        except (AttributeError, TypeError) as error:
+            if re.search(r"gymnasium\.Env class|must specify an", str(error)):  # of its checks
+                raise UsageError(f"cannot make environment {name}: {error}") from error
+            if not render or isinstance(error, AttributeError):
                 raise
             raise UsageError(f"capture_video needs an environment that draws itself: {error}") from error
     obs, info = envs.reset(**({} if in_envpool else {"seed": seeds}))
@@ -959,7 +1001,7 @@ def make_step(envs):
 
 
 def make_seeds(seed: int, iteration: int, count: int) -> list[int]:
-    """Different seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
+    """Independent seeds for `count` environments that start at this iteration, after seeding python, numpy and torch."""
     sequence = np.random.SeedSequence([seed, iteration]).generate_state(count + 1) >> 1  # 31 bits
     random.seed(int(sequence[0]))
     np.random.seed(int(sequence[0]))
@@ -1037,7 +1079,11 @@ def check_bounds(args: Any):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
         kind = hint if origin is Union else origin  # Optional[...] of an edited copy
-        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        try:
+            fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        except TypeError as error:  # such as Weight | None
+            ways = 'Annotated[float | None, ...] as OptionalLimit is, Literal["a", None] or tuple | None'
+            raise UsageError(f"the type of {name} cannot be checked: write {ways}") from error
         if not isinstance(value, int | float | str | tuple | None):
             raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
@@ -1058,6 +1104,11 @@ def check_parameters(agent: nn.Module):
     for name in agent.state_dict():
         if name not in parameters:
             raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
+    known, reached = {id(x) for x in (*agent.parameters(), *agent.buffers())}, dict[int, Any]()
+    copy.deepcopy(agent, reached)  # by id what the network holds, in lists and dicts, too
+    if any(isinstance(x, torch.Tensor) and key not in known for key, x in reached.items()):
+        layers = "a list of layers is an nn.ModuleList, a tensor that never changes a buffer with persistent=False"
+        raise UsageError(f"the network holds tensors that are neither its parameters nor its buffers: {layers}")
 
 
 def free_memory() -> float:
@@ -1188,12 +1239,23 @@ def describe_run(args: Args) -> dict:
     }
 
 
+def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
+    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
+    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    return {
+        f"{owner}.{name}": repr(value)
+        for owner, holder in owners.items()
+        for name, value in vars(holder).items()
+        if isinstance(value, int | float | str | tuple | None) and name != "training"
+    }
+
+
 class Run:
     """Directory, lock, logs, checkpoints, W&B and progress of one training."""
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
+        self.args, self.constants, self.start_time = args, constants(args), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1240,9 +1302,11 @@ class Run:
         return saved["iteration"]
 
     def refuse_foreign(self):
-        """UsageError where the directory holds another run, save one that was killed before its first checkpoint."""
-        own = {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", Path(__file__).name, "wandb"}
-        if not set(os.listdir(self.dir)) <= own:
+        """UsageError where the directory holds a run or an edited script, save a run killed before its first checkpoint."""
+        files, copy = set(os.listdir(self.dir)), self.dir / Path(__file__).name
+        lines = sum((self.dir / log).read_bytes().count(b"\n") for log in ("metrics.jsonl", "episodes.jsonl") if log in files)
+        edited = "metrics.jsonl" not in files and copy.is_file() and copy.read_bytes() != SOURCE
+        if lines > 1 or edited or not files <= {"metrics.jsonl", "episodes.jsonl", "checkpoint.tmp", copy.name, "wandb"}:
             resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
             remedy = f"--resume {name} continues it, " if resumable else ""
             raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
@@ -1255,7 +1319,7 @@ class Run:
             self.lock()
             self.refuse_foreign()
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
-                shutil.copy(__file__, self.dir)
+                Path(self.dir, Path(__file__).name).write_bytes(SOURCE)
         except OSError as error:
             if made:
                 shutil.rmtree(self.dir, ignore_errors=True)
@@ -1264,9 +1328,9 @@ class Run:
                     path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
-    def open(self, state: dict):
-        """Directory, logs, the first checkpoint, W&B, the progress bar."""
-        args, saved = self.args, self.checkpoint or {}
+    def open(self, state: dict, compiled: nn.Module | None = None):
+        """Directory, logs, the first checkpoint, W&B, the progress bar; compiled: the network, where it is."""
+        args, saved, self.compiled = self.args, self.checkpoint or {}, compiled
         if not saved:
             self.make_directory()
         self.logs = {name: open(self.dir / name, "a", buffering=1) for name in ("metrics.jsonl", "episodes.jsonl")}
@@ -1302,9 +1366,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
-        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
-            if getattr(self.args, name) != value:
-                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
+        for name, value in constants(self.args, self.compiled).items():
+            if self.constants.setdefault(name, value) != value:
+                raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step
@@ -1354,6 +1418,8 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
+        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+            raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()
             os.fsync(log.fileno())
@@ -1516,7 +1582,7 @@ def draw(envs: Any) -> Image.Image:
 def play_episodes(
     args: Args, checkpoint: dict, seeds: list[int], rng: np.random.Generator, frames: list | None, problems: list
 ):
-    """Plays one episode from each seed, side by side; yields (return, length) of each as it ends.
+    """Plays one episode from each seed, side by side; yields (return, length, cut off) of each as it ends.
 
     frames takes pictures of the first, at most 2000. Where it cannot be drawn any longer, the episodes go on.
     """
@@ -1540,40 +1606,47 @@ def play_episodes(
         returns, lengths = returns + np.where(running, reward, 0), lengths + running
         cut_off = step + 1 == args.eval_steps
         for i in np.flatnonzero(running & (terminated | truncated | cut_off)):
-            yield float(returns[i]), int(lengths[i])
+            yield float(returns[i]), int(lengths[i]), not (terminated[i] | truncated[i])
         running &= ~(terminated | truncated)
         if not running.any():
             break
-    if running.any():
-        say(f"{running.sum()} evaluation episode(s) cut off after --eval-steps {args.eval_steps}")
     envs.close()
 
 
 def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
     """Plays args.eval_episodes episodes with frozen observation statistics, at most num_envs at a time.
 
-    Returns {"returns", "lengths", "deterministic", "problems"}, raw rewards summed and steps, and writes it to
-    args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif beside it.
+    Returns {"returns", "lengths", "cut_off", "deterministic", "problems"}: raw rewards summed, steps, how many episodes
+    were cut off. Writes it to args.run_dir/evaluation.json; with args.capture_video the first episode goes to evaluation.gif
+    beside it.
     closing: at the end of a training, which is saved; then whatever fails here is a problem to report, no error.
     """
     say(f"playing {args.eval_episodes} episodes to evaluate{', drawing the first' if args.capture_video else ''}")
     rng = np.random.default_rng([args.seed, 2**31])  # independent of what training draws
     seeds = rng.integers(2**31, size=args.eval_episodes).tolist()
-    episodes: list[tuple[float, int]] = []
+    episodes: list[tuple[float, int, bool]] = []
     frames: list[Image.Image] = []
     problems: list[str] = []
+    interrupt: KeyboardInterrupt | None = None
     try:
         for i in range(0, len(seeds), args.num_envs):
             drawn = frames if args.capture_video and i == 0 else None
             for episode in play_episodes(args, checkpoint, seeds[i : i + args.num_envs], rng, drawn, problems):
                 episodes.append(episode)  # one by one: what was played before an error is kept
+    except KeyboardInterrupt as error:
+        if not episodes:
+            raise
+        interrupt = error
+        problems.append(f"the evaluation was interrupted after {len(episodes)} of {len(seeds)} episodes")
     except Exception as error:  # of an environment: any kind
         if isinstance(error, UsageError) and not (closing or episodes):
             raise
         told = str(error) if isinstance(error, UsageError | NonFiniteError) else repr(error)
         problems.append(f"the evaluation stopped after {len(episodes)} of {len(seeds)} episodes: {told}")
-    result: dict[str, Any] = {"returns": [r for r, _ in episodes], "lengths": [length for _, length in episodes]}
-    result |= {"deterministic": args.eval_deterministic, "problems": problems}
+    result: dict[str, Any] = {"returns": [r for r, *_ in episodes], "lengths": [length for _, length, _ in episodes]}
+    result |= {"cut_off": sum(cut for *_, cut in episodes), "deterministic": args.eval_deterministic, "problems": problems}
+    if result["cut_off"]:
+        say(f"{result['cut_off']} evaluation episode(s) cut off after --eval-steps {args.eval_steps}")
     files = {"evaluation.json": json.dumps(result, allow_nan=False).encode() + b"\n"}
     if frames:
         gif = io.BytesIO()
@@ -1584,6 +1657,8 @@ def evaluate(args: Args, checkpoint: dict, closing: bool = False) -> dict:
             write_atomically(Path(args.run_dir, name), data)
         except OSError as error:
             problems.append(f"cannot write {Path(args.run_dir, name)}: {error.strerror}")
+    if interrupt:
+        raise KeyboardInterrupt(*interrupt.args, "; ".join(problems))
     return result
 
 

@@ -43,6 +43,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import runpy
 import shlex
@@ -62,6 +63,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_type_hints
 
+SOURCE = Path(__file__).read_bytes()  # the text that runs: what is edited while torch is imported comes too late
 SIGNALS = [-math.inf]  # times of those that were heeded
 
 
@@ -89,7 +91,7 @@ from torch import nn
 from torch.optim.adam import adam as apply_adam
 
 KIND = "ppo_rlhf"  # of checkpoints; stays when the file is renamed
-SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of the text that runs; an edit comes too late
+SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl")
 BOS, EOS, PAD = 0, 1, 2  # tokens of the tokenizer below; the 256 bytes follow them
 Score = Callable[[list[str], list[str]], list[float]]  # prompts, responses -> a number for each
@@ -184,8 +186,8 @@ class Args:
     whiten_rewards: bool = False  # [rlhf 06] rewards to deviation 1, mean kept
     stop_at_eos: bool = True  # [rlhf 16] [rlhf 18] a response ends at the end token; off: always num_steps tokens
     temperature: Temperature = 1.0  # [rlhf 20] of sampling and of every log-probability
-    # [rlhf 12] value function: a head on the policy, or a network of its own, which starts as the reward model, or
-    # without one as the reference
+    # [rlhf 12] value function: a head on the policy, or a network of its own, which starts as the reward model of human or
+    # labels, or without one as the reference
     value: Literal["head", "separate"] = "head"
     # [rlhf 11] [rlhf 13] heads begin at 0 (value) and at deviation 1 / sqrt(width + 1) (reward), or as in torch
     head_init: Literal["original", "torch"] = "original"
@@ -194,7 +196,8 @@ class Args:
     # [rlhf 35] iterations at the start in which only the value function learns: the head, and with --value separate its
     # network
     value_warmup: Whole = 0
-    # [rlhf 27] responses per pass of the networks, to save memory; sampling takes all of them; 0: the whole minibatch
+    # [rlhf 27] responses per pass of the networks, to save memory; sampling takes all of them; 0: the whole minibatch, and
+    # outside the update all num_envs, in an evaluation up to 256
     micro_batch: Whole = 0
 
     # the stages before PPO
@@ -287,6 +290,8 @@ class Args:
             raise UsageError("evaluate answers prompts: set eval_episodes to at least 1")
         if self.env not in ("human", "labels", "vader") and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", self.env):
             raise UsageError(f"unknown reward {self.env}: use human, labels, vader, or a function of yours, my_module:score")
+        if self.reward_model and self.env != "human":
+            raise UsageError(f"reward_model and {self.env} would both score: give one of them")
         if self.model and not self.prompts:
             raise UsageError("model needs prompts: give --prompts FILE, one prompt a line")
         if self.model and self.env in ("human", "labels") and not self.reward_model:
@@ -442,8 +447,10 @@ class GPT(nn.Module):
         return hidden @ self.embedding.weight.T
 
 
-def seed_torch(seed: int):
-    """Sets torch's random numbers; a seed may have more bits than torch takes."""
+def seed_all(seed: int):
+    """Seeds python, numpy and torch; a seed may have more bits than they take."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)
 
 
@@ -644,11 +651,11 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
     texts: tokens of the texts of --ptx-coef.
     """
     parameters = list(agent.parameters())
-    of_policy = sum(p.numel() for p in agent.lm.parameters())  # they come first in theta
+    of_value = {id(p) for network in (agent.value_head, agent.value_lm) if network for p in network.parameters()}
 
     def flat_gradient(loss: torch.Tensor) -> torch.Tensor:
-        parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return torch.cat([part.flatten() for part in parts])
+        parts = iter(torch.autograd.grad(loss, [p for p in parameters if p.requires_grad], materialize_grads=True))
+        return torch.cat([(next(parts) if p.requires_grad else torch.zeros_like(p)).flatten() for p in parameters])
 
     def compute_gradient(minibatch: Batch, clip_coef: torch.Tensor):
         """Gradient of the mean over all tokens of the minibatch [rlhf 30], in however many parts it is computed."""
@@ -679,17 +686,19 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
             supervised, total = torch.zeros_like(gradient), mask[:, 1:].sum()
             for part, seen in zip(tokens.split(args.micro_batch or n), mask.split(args.micro_batch or n), strict=True):
                 share = seen[:, 1:].sum() / total  # [rlhf 27]
-                supervised += flat_gradient(share * (args.ptx_coef * language_loss(agent.lm, part, seen)))
+                with agent.autocast():
+                    loss = language_loss(agent.lm, part, seen)
+                supervised += flat_gradient(share * (args.ptx_coef * loss))
             gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
         if warmup:  # [rlhf 35]
-            gradient[:of_policy] = 0
+            for part, p in zip(gradient.split([p.numel() for p in parameters]), parameters, strict=True):
+                part *= id(p) in of_value
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
-        first_moment, second_moment, step = ([x] for x in adam)
         settings: Any = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": args.adam_eps}  # [rlhf 24]
         settings |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
         # Adam (Kingma & Ba 2015, algorithm 1) in one pass, a quarter of the time of its single operations
-        apply_adam([theta], [gradient], first_moment, second_moment, [], step, fused=True, **settings)
+        apply_adam([theta], [gradient], [adam[0]], [adam[1]], [], [adam[2]], fused=True, **settings)
         return {**info, "grad_norm": grad_norm}
 
     return update
@@ -724,12 +733,22 @@ class Models(NamedTuple):
     def describe(self) -> dict[str, str]:
         return {"vocabulary": str(self.lm.vocabulary), "width": str(self.lm.width)}
 
-    def fingerprint(self) -> str:
-        """SHA-256 of prompts, texts, reference and reward model: what a run may not find changed."""
+    def fingerprint(self, score: nn.Module | None) -> str:
+        """SHA-256 of prompts, texts, reference and reward model, or a network that scores: what a run may not find changed."""
         known = hashlib.sha256(json.dumps([self.prompts, self.held_out_prompts, self.texts]).encode())
-        for parameter in itertools.chain(*(model.parameters() for model in (self.lm, self.reward_model) if model)):
+        for parameter in itertools.chain(*(model.parameters() for model in (self.lm, self.reward_model, score) if model)):
             known.update(parameter.detach().cpu().contiguous().numpy().tobytes())
         return known.hexdigest()
+
+
+def check_lengths(args: Args, models: Models):
+    """UsageError where a prompt and its response may be longer than what the model reads."""
+    longest = max(map(len, models.prompts + models.held_out_prompts)) + args.num_steps
+    if longest > models.lm.context:
+        raise UsageError(
+            f"the longest prompt and num_steps = {args.num_steps} make {longest} tokens, but the model reads "
+            f"{models.lm.context}: shorten one of them"
+        )
 
 
 class Sample(NamedTuple):
@@ -757,16 +776,11 @@ class Runner:
     def __init__(self, args: Args, models: Models):
         self.args, self.models, self.tokenizer = args, models, models.tokenizer
         self.prompts, self.held_out = models.prompts, models.held_out_prompts[: args.eval_episodes]
-        longest = max(map(len, self.prompts + self.held_out)) + args.num_steps
-        if longest > models.lm.context:
-            raise UsageError(
-                f"the longest prompt and num_steps = {args.num_steps} make {longest} tokens, but the model reads "
-                f"{models.lm.context}: shorten one of them"
-            )
+        check_lengths(args, models)
         self.score, self.vader = make_score(args, models), None if args.data or args.model else make_vader()
         # nobody asks for its values, so it needs no second network for them
-        self.reference = make_agent(dataclasses.replace(args, value="head"), models).eval().requires_grad_(False)
-        self.fingerprint = models.fingerprint()
+        self.reference = Agent(models.lm, args.temperature, args.precision).to(args.device).eval().requires_grad_(False)
+        self.fingerprint = models.fingerprint(self.score if isinstance(self.score, nn.Module) else None)
         self.global_step, self.kl_coef, self.kl = 0, args.kl_coef, 0.0  # the KL to the reference in the last iteration
         self.score_mean, self.score_std = 0.0, 1.0
         self.recent_returns = deque[float](maxlen=100)
@@ -795,7 +809,7 @@ class Runner:
         if self.args.norm_score:
             rng = np.random.default_rng([self.args.seed, 2**31])
             rows = [self.prompts[i] for i in rng.integers(len(self.prompts), size=256)]
-            seed_torch(self.args.seed)  # for a reward that draws
+            seed_all(self.args.seed)  # for a reward that draws
             raw = in_all_ranks(self.args, lambda: self.respond(self.reference, rows, rng)).raw.numpy()
             unit = [float(raw.mean()), float(raw.std())]
             if unit[1] <= 1e-9 * abs(unit[0]):  # all scores are equal, but for rounding
@@ -846,10 +860,10 @@ class Runner:
         args, N = self.args, self.args.num_envs
         rng = np.random.default_rng([args.seed, 2, iteration])
         seed = int(rng.integers(2**31))
-        seed_torch(seed)  # for a reward that draws
+        seed_all(seed)  # for a reward that draws
         mine = slice(args.rank * N, (args.rank + 1) * N)
         rollout = in_all_ranks(args, lambda: self.respond(agent, self.pick_prompts(iteration), rng, mine))
-        seed_torch(seed)  # for the order of the minibatches, however much the reward drew
+        seed_all(seed)  # for the order of the minibatches, however much the reward drew
         self.global_step += args.batch_size
         lengths = rollout.responses.valid.sum(1).tolist()
         episodes = [(self.global_step, sample.score, n) for sample, n in zip(rollout.samples, lengths, strict=True)]
@@ -874,7 +888,7 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, agent: Agent) -> tuple[dict[str, float], list[Sample]]:
         """Measures of the responses to the held-out prompts, always with the same random numbers, and the responses."""
-        seed_torch(self.args.seed)  # for a reward that draws
+        seed_all(self.args.seed)  # for a reward that draws
         sampler = copy.copy(agent)  # with the same networks
         sampler.temperature = agent.temperature * self.args.eval_temperature
         rollouts = [
@@ -963,7 +977,11 @@ def make_batch(agent: Agent, rollout: Rollout, runner: Runner) -> tuple[Batch, d
         "logprob_gap": ((old.logprob - sampled) * valid).abs().max().item(),  # the sampler against the update's pass
     }
     figures = mean_of_ranks(torch.tensor(list(measures.values()), dtype=torch.float64, device=args.device), args).tolist()
-    return batch, dict(zip(measures, figures, strict=True))
+    measures = dict(zip(measures, figures, strict=True))
+    if args.precision == "float32" and measures["logprob_gap"] * args.temperature > 0.01:  # rounding makes 1e-5 at most
+        gap = f"Agent.forward, which learns, and generate, which samples, differ by {measures['logprob_gap']:.2g} nats a token"
+        raise UsageError(f"{gap}: both have to go through Agent.policy and the language model's hidden states")
+    return batch, measures
 
 
 def explained_variance(batch: Batch) -> float:
@@ -1004,15 +1022,22 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
 
 def make_agent(args: Args, models: Models) -> Agent:
     """The policy as it begins, equal to the reference, with its value function."""
-    seed_torch(args.seed)
+    seed_all(args.seed)
     value_lm = None
     if args.value == "separate":  # [rlhf 12]
-        value_lm = copy.deepcopy(models.reward_model.lm if models.reward_model else models.lm)
-    agent = Agent(copy.deepcopy(models.lm), args.temperature, args.precision, value_lm)
+        value_lm = copy.deepcopy(models.reward_model.lm if models.reward_model else models.lm).requires_grad_(True)
+    # both models are frozen where they are the reference and the reward
+    agent = Agent(copy.deepcopy(models.lm).requires_grad_(True), args.temperature, args.precision, value_lm)
     if args.head_init == "original":  # [rlhf 11]
         nn.init.zeros_(agent.value_head.weight)
         nn.init.zeros_(agent.value_head.bias)
-    return agent.to(args.device).requires_grad_(True)
+    return agent.to(args.device)
+
+
+def constant_buffers(agent: Agent) -> dict[str, torch.Tensor]:
+    """What a checkpoint of parameters does not hold of the networks, so it may not change."""
+    parameters = dict(agent.named_parameters(remove_duplicate=False))
+    return {name: x.clone() for name, x in agent.state_dict().items() if name not in parameters}
 
 
 def begin_value(agent: Agent, models: Models, runner: Runner):
@@ -1042,7 +1067,12 @@ def train(args: Args) -> dict:
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
     update = make_update(agent, args, models.texts)
 
+    buffers = constant_buffers(agent)
+
     def state_dict() -> dict:
+        if changed := [name for name, x in constant_buffers(agent).items() if not torch.equal(x, buffers[name])]:
+            remedy = "make it a parameter with requires_grad=False"
+            raise UsageError(f"{changed[0]} is a buffer that changes in training, which no checkpoint holds: {remedy}")
         return {"theta": theta, "adam": adam, **runner.state_dict()}
 
     first_iteration = run.restore(state_dict(), models) + 1
@@ -1096,7 +1126,7 @@ class Sentence(NamedTuple):
 SDIST = "vaderSentiment-3.3.2.tar.gz"  # MIT; holds the ratings of Hutto & Gilbert 2014, 15 to 29 votes a sentence
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 CONTEXT = 128  # tokens that the GPT reads
-SECTIONS = re.split(r"\n# -{80,}\n", Path(__file__).read_text(encoding="utf-8"))  # of this file: an edit trains anew
+SECTIONS = re.split(r"\n# -{80,}\n", SOURCE.decode())  # of this file: an edit trains anew
 
 
 def progress(items, name: str) -> Iterator:
@@ -1168,7 +1198,7 @@ def make_vader() -> Score:
 def read_lines(path: str, flag: str) -> list[str]:
     try:
         # a text may hold characters at which splitlines would cut; a byte order mark is no text
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.lstrip().rstrip(" \r") for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path} is not UTF-8: byte {error.start}") from error
     except OSError as error:
@@ -1184,8 +1214,11 @@ def load_sentences(args: Args) -> list[Sentence]:
         sentences = []
         for line in read_lines(args.data, "data"):
             votes, tab, text = line.partition("\t")
+            text = text.strip()
             try:
                 sentence = Sentence(text, [float(vote) for vote in votes.split(",")]) if tab else Sentence(line, [])
+                if not sentence.text:
+                    continue
                 if not np.isfinite(sentence.votes).all():
                     raise ValueError
                 sentences.append(sentence)
@@ -1211,7 +1244,7 @@ def train_supervised(args: argparse.Namespace, texts: list[str], unseen: list[st
     """A tokenizer, and the GPT that predicts the next token of the texts; its loss on unseen ones, in nats a token."""
     tokenizer = Tokenizer.train(texts, args.vocabulary)
     rows, unseen_rows = ([frame(tokenizer, text) for text in part] for part in (texts, unseen))
-    seed_torch(args.seed)
+    seed_all(args.seed)
     lm = GPT(len(tokenizer.bytes), args.width, args.layers, CONTEXT).to(args.device)
     per_epoch = math.ceil(len(rows) / 32)
     steps, batches = args.sft_epochs * per_epoch, list[list[list[int]]]()
@@ -1275,8 +1308,6 @@ def frame(tokenizer: Tokenizer, text: str) -> list[int]:
 def compare_by_people(sentences: list[Sentence], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Pairs (better, worse) of sentences by one vote on each; ties are dropped. Noisy, as one rater would be."""
     rated = [s for s in sentences if s.votes]
-    if len({vote for s in rated for vote in s.votes}) < 2:
-        raise UsageError('human ratings are missing: --data needs lines "3,2,-1<TAB>text" with different numbers')
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         one, other = (rated[i] for i in rng.integers(len(rated), size=2))
@@ -1311,7 +1342,7 @@ def train_reward_model(
     """One pass over pairs (better, worse): the loss is -log sigmoid(r(better) - r(worse)) (Bradley & Terry 1952)."""
     human = args.env == "human"
     pairs = compare_by_people(texts, args.num_comparisons, rng) if human else compare_by_vader(args, models, rng)
-    seed_torch(args.seed)
+    seed_all(args.seed)
     model = RewardModel(copy.deepcopy(models.lm), args.reward_pool, args.head_init).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     for start in progress(range(0, len(pairs), 64), "reward model"):
@@ -1344,6 +1375,8 @@ def keep(args: Args, names: list[str], made_of: list, sections: list[str], make:
     """
     settings = argparse.Namespace(**{name: getattr(args, name) for name in names})
     code = [part for part in SECTIONS if part.startswith(tuple(f"# {section}" for section in sections))]
+    if len(code) != len(sections):
+        raise UsageError(f"the cache goes by the sections {', '.join(sections)} of this file: one of them has another heading")
     known = json.dumps([vars(settings), made_of, torch.__version__, code])
     key = hashlib.sha256(known.encode()).hexdigest()[:16]
     with open_cache(key) as cache:
@@ -1375,8 +1408,16 @@ def load_models(args: Args) -> Models:
     order = np.random.default_rng(0).permutation(len(sentences)).tolist()
     held = [sentences[i] for i in order[: max(len(order) // 18, 1)]]  # never trained on
     rest = [sentences[i] for i in order[len(held) :]]
+    twice = {s.text for s in held} & {s.text for s in rest}  # stays for training, where something else is held out
+    if {s.text for s in held} - twice:
+        held = [s for s in held if s.text not in twice]
+    else:
+        rest = [s for s in rest if s.text not in twice]
     if not rest:
-        raise UsageError("data needs at least two texts")
+        raise UsageError("data needs at least two different texts")
+    if args.env == "human" and not args.reward_model and len({vote for s in rest for vote in s.votes}) < 2:
+        lines = 'with --data FILE in lines "3,2,-1<TAB>text" with different numbers'
+        raise UsageError(f"human ratings are missing: give them {lines}, or a reward, --env my_module:score or --env vader")
 
     names = ["seed", "device", "num_threads", "vocabulary", "width", "layers", "sft_epochs"]
     sections = ["Language model", "Stages"]
@@ -1398,10 +1439,11 @@ def load_models(args: Args) -> Models:
     if args.reward_model or args.env not in ("human", "labels"):
         return models
 
-    names += ["env", "num_comparisons", "head_init", "reward_pool", "num_steps"]
+    check_lengths(args, models)
+    names += ["env", "num_comparisons", "head_init", "reward_pool"]
+    made_of: list[Any] = [sentences]
     if args.env == "labels":  # of samples
-        sections.append("PPO")
-    made_of = [sentences, prompts]
+        names, made_of, sections = [*names, "num_steps"], [sentences, prompts], [*sections, "PPO"]
     trained = keep(args, names, made_of, sections, lambda settings: train_reward_model(settings, models, rest, held, rng))
     accuracy = trained["facts"].get("reward_model_accuracy")
     agrees = "no two unseen texts have different ratings to test it with"
@@ -1502,8 +1544,12 @@ class Pretrained(nn.Module):
         parts = [self.hidden(tokens[:, a:b], mask[:, :b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
         ways = {"when padded on the left": self.hidden(tokens, mask), "with its cache": torch.cat(parts, 1)}
         for i, row in enumerate(rows):
-            expected = self.lm(torch.tensor([row])).logits[0]
-            for way, hidden in ways.items():
+            alone = torch.tensor([row])
+            expected = self.lm(alone).logits[0]
+            plain = {
+                "from its last hidden states": self.hidden(alone, torch.ones_like(alone, dtype=torch.bool)).expand(2, -1, -1)
+            }
+            for way, hidden in (plain | ways).items():
                 gap = (self.logits(hidden[i, -len(row) :]) - expected).abs().max() / expected.abs().max()
                 if not gap < 1e-3:
                     raise UsageError(f"the model {name} gives other logits {way}: this script cannot train it")
@@ -1576,26 +1622,27 @@ def load_pretrained(args: Args) -> Models:
     return Models(tokenizer, model.to(args.device), None, rows, *hold_out(prompts), {})
 
 
-def load_classifier(path: str, device: str) -> Score:
+class Classifier(nn.Module):
     """A sequence classifier of transformers with one output as a score of prompt + response."""
-    model, tokenizer = from_pretrained("AutoModelForSequenceClassification", path)
-    if model.config.num_labels != 1:
-        raise UsageError(f"the reward model {path} has {model.config.num_labels} outputs: it needs one")
-    model = model.eval().to(device)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def __init__(self, path: str, device: str):
+        super().__init__()
+        model, self.tokenizer = from_pretrained("AutoModelForSequenceClassification", path)
+        if model.config.num_labels != 1:
+            raise UsageError(f"the reward model {path} has {model.config.num_labels} outputs: it needs one")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token_id = self.tokenizer.eos_token_id
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model, self.device = model.eval().to(device), device
 
     @torch.no_grad()
-    def score(prompts: list[str], responses: list[str]) -> list[float]:
+    def forward(self, prompts: list[str], responses: list[str]) -> list[float]:
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         scores: list[float] = []
         for i in range(0, len(texts), 64):
-            batch = tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True).to(device)
-            scores += model(**batch).logits[:, 0].tolist()
+            batch = self.tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True).to(self.device)
+            scores += self.model(**batch).logits[:, 0].tolist()
         return scores
-
-    return score
 
 
 def load_function(name: str) -> Score:
@@ -1625,7 +1672,7 @@ def brief(thing: Any) -> str:
 def make_score(args: Args, models: Models) -> Score:
     """What scores prompts and responses, both as text."""
     if args.reward_model:
-        return load_classifier(args.reward_model, args.device)
+        return Classifier(args.reward_model, args.device)
     if ":" in args.env:
         return load_function(args.env)
     if args.env == "vader":
@@ -1671,7 +1718,11 @@ def check_bounds(args: Any):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value, origin = getattr(args, name), getattr(hint, "__origin__", hint)
         kind = hint if origin is Union else origin  # Optional[...] of an edited copy
-        fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        try:
+            fits = value in hint.__args__ if kind is Literal else isinstance(value, kind)
+        except TypeError as error:  # such as Weight | None
+            ways = 'Annotated[float | None, ...] as OptionalLimit is, Literal["a", None] or tuple | None'
+            raise UsageError(f"the type of {name} cannot be checked: write {ways}") from error
         if not isinstance(value, int | float | str | tuple | None):
             raise UsageError(f"{name} is {value!r}: a setting is a number, text, tuple or None, which a checkpoint can hold")
         if not fits and not (isinstance(value, int) and kind in (float, float | None)):
@@ -1802,12 +1853,23 @@ def describe_run(args: Args) -> dict:
     }
 
 
+def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
+    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
+    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    return {
+        f"{owner}.{name}": repr(value)
+        for owner, holder in owners.items()
+        for name, value in vars(holder).items()
+        if isinstance(value, int | float | str | tuple | None) and name != "training"
+    }
+
+
 class Run:
     """Directory, lock, logs, checkpoints, W&B and progress of one training."""
 
     def __init__(self, args: Args):
         """Loads the checkpoint to resume, if there is one; writes nothing."""
-        self.args, self.settings, self.start_time = args, dict(vars(args)), time.perf_counter()
+        self.args, self.constants, self.start_time = args, constants(args), time.perf_counter()
         torch.set_num_threads(args.num_threads)
         self.wandb = load_wandb(args) if args.track else None
         self.tensorboard = load_tensorboard() if args.tensorboard else None
@@ -1854,9 +1916,11 @@ class Run:
         return saved["iteration"]
 
     def refuse_foreign(self):
-        """UsageError where the directory holds another run, save one that was killed before its first checkpoint."""
-        own = {*LOGS, "checkpoint.tmp", Path(__file__).name, "wandb"}
-        if not set(os.listdir(self.dir)) <= own:
+        """UsageError where the directory holds a run or an edited script, save a run killed before its first checkpoint."""
+        files, copy = set(os.listdir(self.dir)), self.dir / Path(__file__).name
+        lines = sum((self.dir / log).read_bytes().count(b"\n") for log in LOGS if log in files)
+        edited = "metrics.jsonl" not in files and copy.is_file() and copy.read_bytes() != SOURCE
+        if lines > 1 or edited or not files <= {*LOGS, "checkpoint.tmp", copy.name, "wandb"}:
             resumable, name = (self.dir / "checkpoint.pt").is_file(), shlex.quote(str(self.dir))
             remedy = f"--resume {name} continues it, " if resumable else ""
             raise UsageError(f"{self.dir} exists: {remedy}another --run-dir starts anew")
@@ -1869,7 +1933,7 @@ class Run:
             self.lock()
             self.refuse_foreign()
             if Path(__file__).resolve() != (self.dir / Path(__file__).name).resolve():
-                shutil.copy(__file__, self.dir)
+                Path(self.dir, Path(__file__).name).write_bytes(SOURCE)
         except OSError as error:
             if made:
                 shutil.rmtree(self.dir, ignore_errors=True)
@@ -1878,9 +1942,9 @@ class Run:
                     path.rmdir()
             raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from error
 
-    def open(self, state: dict):
-        """Directory, logs, the first checkpoint, W&B, the progress bar."""
-        args, saved = self.args, self.checkpoint or {}
+    def open(self, state: dict, compiled: nn.Module | None = None):
+        """Directory, logs, the first checkpoint, W&B, the progress bar; compiled: the network, where it is."""
+        args, saved, self.compiled = self.args, self.checkpoint or {}, compiled
         if not saved:
             self.make_directory()
         self.logs = {name: open(self.dir / name, "a", buffering=1) for name in LOGS}
@@ -1916,9 +1980,9 @@ class Run:
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
         if not all(math.isfinite(x) for x in losses.values()):
             raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
-        for name, value in self.settings.items():  # a compiled function would keep the first one, without a word
-            if getattr(self.args, name) != value:
-                raise UsageError(f"args.{name} was changed in the loop: hand what changes to learn, as learning_rate is")
+        for name, value in constants(self.args, self.compiled).items():
+            if self.constants.setdefault(name, value) != value:
+                raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
         now, step = time.perf_counter(), runner.global_step
         if iteration == self.first_iteration:  # it compiles
             self.warm_time, self.warm_step = now, step
@@ -1983,6 +2047,8 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
+        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+            raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()
             os.fsync(log.fileno())
@@ -2058,11 +2124,11 @@ class RunOfRanks(Run):
         if self.args.rank == 0:
             super().lock()
 
-    def open(self, state: dict):
+    def open(self, state: dict, compiled: nn.Module | None = None):
         refusal = [""]
         try:
             if self.args.rank == 0:
-                super().open(state)
+                super().open(state, compiled)
         except UsageError as error:
             refusal = [str(error)]
         dist.broadcast_object_list(refusal)
@@ -2277,6 +2343,9 @@ def parse_args(words: list[str]) -> tuple[Args, dict | None]:
     args = tyro.cli(Args, args=words, description=__doc__, prog=Path(__file__).name, default=saved)
     free = {"resume", "evaluate", "total_timesteps", "eval_episodes", "eval_temperature", "track", "wandb_project_name"}
     free |= {"wandb_entity", "tensorboard", "device", "num_threads", "checkpoint_minutes"}
+    # files may have moved; that they say the same is checked when they are read
+    files = ("model", "prompts", "data", "reward_model") if saved.model else ("reward_model",)
+    free |= {name for name in files if getattr(saved, name) and getattr(args, name)}
     changed = [
         f.name for f in dataclasses.fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)
     ]

@@ -81,6 +81,40 @@ class OldReset(Odd):
         return super().reset(seed=seed, options=options)[0]
 
 
+class Wrong(Odd):
+    """Does not keep to gymnasium's API; `how` says where."""
+
+    def __init__(self, how: str, discrete: bool = False, render_mode: str | None = None):
+        super().__init__(discrete, render_mode)
+        self.how = how
+        if how == "constructor":
+            raise AssertionError
+        if how == "spaces":
+            del self.observation_space
+
+    def reset(self, *, seed=None, options=None) -> Any:
+        obs, info = super().reset(seed=seed, options=options)
+        return (obs[:3] if self.how == "reset" else obs), info
+
+    def step(self, action) -> Any:
+        obs, reward, *ended, info = super().step(action)
+        if self.how == "four values":
+            return obs, reward, ended[0], info
+        return obs[:3] if self.how == "step" else obs, np.ones(1) if self.how == "reward" else reward, *ended, info
+
+
+class NoSeed(Odd):
+    def reset(self) -> Any:  # type: ignore[override]
+        return super().reset(seed=1)
+
+
+HOWS = ("constructor", "spaces", "reset", "four values", "step", "reward")
+for discrete in (False, True):
+    ending = "Discrete-v0" if discrete else "-v0"
+    gymnasium.register(f"NoSeed{ending}", entry_point="odd_envs:NoSeed", kwargs={"discrete": discrete})
+    for how in HOWS:
+        kwargs = {"discrete": discrete, "how": how}
+        gymnasium.register(f"Wrong_{how.replace(' ', '_')}{ending}", entry_point="odd_envs:Wrong", kwargs=kwargs)
 gymnasium.register("OldReset-v0", entry_point="odd_envs:OldReset", kwargs={"discrete": False})
 gymnasium.register("OldResetDiscrete-v0", entry_point="odd_envs:OldReset", kwargs={"discrete": True})
 gymnasium.register("Blind-v0", entry_point="odd_envs:Blind")

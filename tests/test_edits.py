@@ -31,6 +31,9 @@ BATCH_NORM = "nn.Sequential(nn.BatchNorm1d(obs_dim), mlp(1, 1.0))"
 DENSITY = "Normal(*self.policy(obs), validate_args=False)"
 COPIED = "in agent.actor.modules():"
 
+SCALED = ("            return obs, std\n", "            return obs / agent.scale, std\n")
+LISTED = "self.critic[1](self.critic[0](obs)).squeeze(1)"
+
 SECOND_CRITIC = (CRITIC, CRITIC + CRITIC.replace("critic", "critic2"))
 OBJECTIVE = """    policy_objective = ratio * old.advantage - old.advantage.abs() * (ratio - 1) ** 2 / (2 * clip_coef)
     squared_error = (new"""
@@ -96,6 +99,14 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
         "critic.0.weight is frozen",
     ),
     "batch normalization": ([("mlp(1, 1.0)", BATCH_NORM)], "critic.0.running_mean is a buffer, which no"),
+    "layers in a list": (
+        [(CRITIC, CRITIC.replace("mlp(1, 1.0)", "[mlp(64, 1.0), nn.Linear(64, 1)]")), (VALUE, LISTED)],
+        "the network holds tensors that are neither its parameters nor its buffers: a list of layers is an nn.ModuleList",
+    ),
+    "a flag of a type that cannot be checked": (
+        [(RUN_DIR, "    scale: Weight | None = None\n" + RUN_DIR)],
+        "the type of scale cannot be checked: write Annotated",
+    ),
     "state that no checkpoint holds": ([(STATE, STATE + '            "best": np.float64(3),\n')], "a checkpoint holds tensors"),
     "a flag of another type": ([(RUN_DIR, "    data: Path = Path('x')\n" + RUN_DIR)], "data is PosixPath('x'): a setting is"),
     "observations limited to 1": ([(MEAN, "self.actor(obs.clamp(-1, 1)), self.log_std")], FOLLOW),
@@ -197,6 +208,25 @@ def test_a_setting_that_the_loop_changes_is_refused(compiled, monkeypatch, capsy
     told = "error: args.ent_coef was changed in the loop: hand what changes to learn, as learning_rate is"
     assert told in capsys.readouterr().err
     assert len(read_metrics("run")) == 1  # nothing but the header
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_number_of_the_network_that_the_loop_changes_is_refused_where_it_is_compiled(compiled, monkeypatch, capsys):
+    """The compiled update would keep the first value. Without the compiler it learns what it should."""
+    line = "            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]\n"
+    changes = [(line, line + "            agent.scale = 1 + remaining\n"), (CRITIC, CRITIC + "        self.scale = 2.0\n")]
+    script: Any = edited([*changes, (MEAN, "self.actor(obs) / self.scale, self.log_std"), SCALED])
+    monkeypatch.setattr(script, "compile_all", lambda functions, args: functions)
+    monkeypatch.setattr("sys.argv", ["my_ppo.py", *tiny_flags("run", compile=compiled)])
+    if not compiled:
+        script.main()
+        assert len(read_metrics("run")) == 5
+        return
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2
+    assert "error: agent.scale was changed in the loop" in capsys.readouterr().err
+    assert len(read_metrics("run")) == 2  # the header, and the iteration in which it was still 2
 
 
 def test_a_whole_number_for_a_setting_that_is_a_fraction_becomes_one():

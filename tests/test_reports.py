@@ -4,6 +4,7 @@ Most tests run the command line of each script that takes the environment, in th
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -143,10 +144,11 @@ def test_an_episode_that_never_ends_is_cut_off(cli, monkeypatch):
     code, out, err = cli(*cli.flags(eval_episodes=3, eval_steps=50, num_envs=2))
     assert code == 0
     assert out.index("steps/s") < out.index("evaluation, ")
-    assert "cut off after --eval-steps 50" in err
+    assert err.count("3 evaluation episode(s) cut off after --eval-steps 50") == 1
     evaluation = json.loads(Path("run/evaluation.json").read_text())
     assert evaluation["returns"] == [50.0] * 3
     assert evaluation["lengths"] == [50] * 3
+    assert evaluation["cut_off"] == 3
 
 
 def test_a_simulator_of_one_instance_is_evaluated(cli, monkeypatch):
@@ -282,6 +284,24 @@ def test_the_reset_of_the_old_gym_is_refused(cli):
     assert code == 2
     assert re.search(r"reset of the environment returned array.*: it must return \(observation, info\)\n$", err)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("NoSeed", "reset of the environment must take seed and options: "),
+        ("Wrong_constructor", r"cannot make environment odd_envs:Wrong_constructor\w*-v0: AssertionError\(\)"),
+        ("Wrong_spaces", "cannot make environment .*: The environment must specify an observation space"),
+        ("Wrong_reset", r"the environment returned array\(.*, which does not fit its space Box"),
+        ("Wrong_step", r"the environment returned array\(.*, which does not fit its space Box"),
+        ("Wrong_four_values", "step of the environment must return observation, reward, terminated, truncated and info: "),
+        ("Wrong_reward", r"step of the environment returned the reward array\(\[1.\]\): it must be a number"),
+    ],
+)
+def test_an_environment_that_does_not_keep_to_the_api(cli, name, sentence):
+    code, _, err = cli(*cli.flags(env=cli.env.replace("Odd", name)))
+    assert code == 2
+    assert re.search(f"error: {sentence}", err.splitlines()[-1]), err
 
 
 @pytest.mark.parametrize("what", ["obs_dim", "action_dim"])
@@ -508,3 +528,73 @@ def test_the_header_is_strict_json_and_names_the_kind_of_cpu(cli):
     assert header["args"]["clip_reward"] == "inf"
     assert header["cpu_kernels"] == torch.backends.cpu.get_cpu_capability()
     assert header["cpu_kind"]
+
+
+def overflow(learn):
+    """learn, after which the last parameter is infinite; no loss shows it, because none is computed after the last step."""
+
+    def learn_too_fast(update, theta, *others):
+        result = learn(update, theta, *others)
+        theta[-1] = math.inf
+        return result
+
+    return learn_too_fast
+
+
+def test_parameters_that_overflow_reach_no_checkpoint_and_no_environment(cli, monkeypatch):
+    """In the last step of an iteration, after which a checkpoint is due, or the next rollout."""
+    for run_dir, every in (("due", 1), ("later", 100)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.script, "learn", overflow(cli.script.learn))
+            code, _, err = cli(*cli.flags(run_dir, checkpoint_every=every))
+        assert code == 1
+        assert re.search("stopped: (non-finite|the policy puts out no finite numbers)", err.splitlines()[-1])
+        assert f"the last checkpoint is {run_dir}/checkpoint.pt" in err
+        assert cli("--resume", run_dir)[0] == 0  # it is a good one
+        assert read_checkpoint(run_dir)["theta"].isfinite().all()
+
+
+def test_an_evaluation_that_is_interrupted_keeps_what_was_played(cli, monkeypatch):
+    assert cli(*cli.flags())[0] == 0
+    interrupted = {"after": 2 * 10 * 3 + 4}  # steps: three episodes of two environments, and a bit
+    step = Odd.step
+
+    def stop(self, action):
+        interrupted["after"] -= 1
+        if interrupted["after"] == 0:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return step(self, action)
+
+    monkeypatch.setattr(Odd, "step", stop)
+    code, _, err = cli.evaluate("--eval-episodes", 100)
+    assert code == 128 + signal.SIGTERM
+    assert "the evaluation was interrupted after 6 of 100 episodes" in err.splitlines()[-1]
+    evaluation = json.loads(Path("run/evaluation.json").read_text())
+    assert (evaluation["lengths"], evaluation["cut_off"]) == ([10] * 6, 0)
+
+
+def test_an_edited_script_or_the_logs_of_a_run_are_not_overwritten(cli):
+    script = Path(f"{cli.script.KIND}.py")
+    Path("mine").mkdir()
+    (Path("mine") / script).write_text(Path(cli.script.__file__).read_text() + "# mine\n")
+    cli(*cli.flags("logs"))
+    Path("logs/checkpoint.pt").unlink()
+    for run_dir in ("mine", "logs"):
+        before = {path: path.read_bytes() for path in Path(run_dir).iterdir()}
+        code, _, err = cli(*cli.flags(run_dir))
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{run_dir} exists: another --run-dir starts anew" in err
+        assert {path: path.read_bytes() for path in Path(run_dir).iterdir()} == before
+
+
+def test_the_script_of_a_run_is_the_text_that_ran(tmp_path):
+    """It is edited after it was read, while torch is imported."""
+    copy = tmp_path / "my_ppo.py"
+    text = Path(ppo_continuous.__file__).read_text()
+    edit = 'open(__file__, "a").write("# edited after the start")\n'  # the file, not what Python has read of it
+    copy.write_text(text.replace("import envpool\n", f"{edit}import envpool\n", 1))
+    ran = copy.read_bytes()
+    assert run_script(*tiny_flags(), script=copy).returncode == 0
+    assert copy.read_bytes() == ran + b"# edited after the start"
+    assert Path("run/my_ppo.py").read_bytes() == ran
+    assert read_jsonl("run/metrics.jsonl")[0]["script_sha256"] == hashlib.sha256(ran).hexdigest()

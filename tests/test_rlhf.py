@@ -649,7 +649,7 @@ def test_pretrained_models_that_are_refused(monkeypatch):
     save_pretrained("capped", "gemma2", final_logit_softcapping=0.01)
     Path("prompts.txt").write_text("the film is\n")
     given = {"prompts": "prompts.txt", "env": "words:score", "data": ""}
-    with pytest.raises(UsageError, match="the model capped gives other logits when padded on the left: this script cannot"):
+    with pytest.raises(UsageError, match="the model capped gives other logits from its last hidden states: this script cannot"):
         start(model="capped", **given)
     (Path("capped") / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"cannot load the model capped: .*no file named"):
@@ -749,7 +749,7 @@ def test_reward_model_without_a_head_is_refused(capfd):
     save_pretrained("lm", "gpt2")
     capfd.readouterr()
     with pytest.raises(UsageError, match=r"the model lm has no weights for score\.weight: it was saved as another kind"):
-        ppo_rlhf.load_classifier("lm", "cpu")
+        ppo_rlhf.Classifier("lm", "cpu")
     assert capfd.readouterr().err == ""
 
 
@@ -759,12 +759,20 @@ def test_pretrained_reward_model():
     transformers = pytest.importorskip("transformers")
     classifier = transformers.AutoModelForSequenceClassification.from_config(config)
     classifier.save_pretrained("rm")
-    score = ppo_rlhf.load_classifier("rm", "cpu")
+    score = ppo_rlhf.Classifier("rm", "cpu")
     tokens = transformers.AutoTokenizer.from_pretrained("rm")("the film is good", return_tensors="pt")
     alone = classifier.eval()(**tokens).logits.item()
     both = score(["the film is", "the film is bad"], [" good", " and sad and awful"])
     assert both[0] == pytest.approx(alone, abs=1e-5) and both[0] != both[1]
-    ppo_rlhf.train(tiny(reward_model="rm", total_timesteps=64))
+    args = tiny(reward_model="rm", total_timesteps=64)
+    ppo_rlhf.train(args)
+    Path("rm").rename("moved")
+    words = ["--evaluate", "run", "--reward-model", "moved"]
+    assert ppo_rlhf.evaluate(*ppo_rlhf.parse_args(words))["problems"] == []
+    torch.nn.init.ones_(classifier.score.weight)
+    classifier.save_pretrained("moved")
+    with pytest.raises(UsageError, match="the run began with other models, prompts or texts than there are now"):
+        ppo_rlhf.evaluate(*ppo_rlhf.parse_args(words))
 
 
 def test_without_transformers(monkeypatch):
@@ -1233,7 +1241,7 @@ def write_function(body: str):
         (["--prompts", "long.txt"], "the longest prompt and num_steps = 8 make"),
         (["--data", "unrated.txt"], "human ratings are missing"),
         (["--data", "wrong.txt"], "data wrong.txt: before the tab there must be numbers, not 'good'"),
-        (["--data", "one.txt"], "data needs at least two texts"),
+        (["--data", "one.txt"], "data needs at least two different texts"),
         (["--num-minibatches", "3"], "num_envs = 8 responses do not divide into num_minibatches = 3: change one of them"),
         (["--model", "lm"], "model needs prompts: give --prompts FILE"),
         (["--model", "lm", "--prompts", "long.txt"], "model needs a reward of its own: --reward my_module:score"),
