@@ -1,6 +1,7 @@
 """ppo_rlhf.py: one test for each detail of the table in DETAILS.md, the exact optimum, resume, and bad input."""
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -95,6 +96,38 @@ def update_once(args: Args, models, agent: Agent, batch: Batch, rate: float = 1e
     schedule = [torch.tensor(x, dtype=torch.float64) for x in (rate, args.clip_coef, warmup)]
     ppo_rlhf.make_update(agent, args, models.texts)(theta, adam, batch, torch.arange(len(batch.tokens)), *schedule)
     return theta
+
+
+def next_token_losses(lm: GPT, rows: list[list[int]]) -> list[float]:
+    """Minus the log-probability of each token of each row but the first, read without padding."""
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logits = lm.logits(lm.hidden(*ppo_rlhf.pad_rows([row], False)))[0].double().numpy()
+        losses += [np.log(np.exp(logits[t]).sum()) - logits[t, row[t + 1]] for t in range(len(row) - 1)]
+    return losses
+
+
+def move(agent: Agent):
+    """The policy away from the reference; ends are not rare then."""
+    agent.lm.embedding.weight.data += 0.05 * torch.randn_like(agent.lm.embedding.weight)
+    end = agent.lm.embedding.weight.data[EOS]
+    agent.lm.norm.bias.data += 4 * end / end.square().sum()  # the logit of the end grows by 4
+
+
+def divergence(agent: Agent, reference: Agent, responses) -> tuple[np.ndarray, np.ndarray]:
+    """log(pi / ref) and ref / pi - 1 - log(ref / pi) of each response, summed over its tokens."""
+    tokens, mask, valid, _ = responses
+    with torch.no_grad():
+        own, other = (x(tokens, mask, valid.shape[1]).logprob.double().exp().numpy() for x in (agent, reference))
+    ratios = [base[real] / policy[real] for policy, base, real in zip(own, other, valid.numpy(), strict=True)]
+    return np.array([-np.log(x).sum() for x in ratios]), np.array([(x - 1 - np.log(x)).sum() for x in ratios])
+
+
+def ends(responses) -> list[bool]:
+    """Whether the last token of each response is the end."""
+    answers = responses.tokens[:, -responses.valid.shape[1] :]
+    return [row[real][-1].item() == EOS for row, real in zip(answers, responses.valid, strict=True)]
 
 
 def random_lm(seed: int = 0) -> GPT:
@@ -215,6 +248,22 @@ def test_rlhf_01_the_penalty_is_the_log_ratio():
     assert measures["kl_k3"] >= 0
 
 
+def test_rlhf_03_k3_and_the_measures_of_a_rollout_against_numpy():
+    """An odd number of responses: as many with an end as without cannot be."""
+    changes = {"num_envs": 9, "num_minibatches": 1, "norm_adv": "none", "gae_lambda": 1.0}
+    _, _, runner, agent = start(kl_coef=0.3, kl_estimator="k3", **changes)
+    move(agent)
+    rollout = runner.play(agent, 1)
+    batch, measures = ppo_rlhf.make_batch(agent, rollout, runner)
+    k1, k3 = divergence(agent, runner.reference, rollout.responses)
+    # with lambda 1 the return of the first token is the score minus beta times the whole penalty
+    np.testing.assert_allclose(batch.return_[:, 0], rollout.scores.numpy() - 0.3 * k3, atol=1e-4, rtol=1e-4)
+    ended = np.mean(ends(rollout.responses))
+    assert 0 < ended < 1
+    figures = [measures[name] for name in ("kl", "kl_k3", "ended")]
+    assert figures == pytest.approx([k1.mean(), k3.mean(), ended], rel=1e-4)
+
+
 def run_exact(*words: str):
     """Runs benchmarks/exact.py in this process."""
     names = ("load_models", "make_score", "make_vader")
@@ -237,7 +286,8 @@ def exact_share(tmp_path: Path, *flags: str) -> float:
 def test_rlhf_03_exact_optimum(tmp_path, estimator, low, high):
     """Four tokens, all responses listed: k1 comes near the best policy, k3 does not. The suite goes to the end."""
     flags = ["--total-timesteps", str(100 * 128 * 3), "--num-envs", "128", "--num-minibatches", "2", "--learning-rate", "5e-3"]
-    assert low <= exact_share(tmp_path, "--kl-estimator", estimator, *flags) <= high
+    share = exact_share(tmp_path, "--kl-estimator", estimator, *flags)
+    assert low <= share <= high and abs(share) > 0.2  # 0 is where it began
 
 
 def test_exact_run_is_resumed_with_its_own_settings(tmp_path):
@@ -290,6 +340,25 @@ def test_rlhf_06_rlhf_07_whitening_against_numpy():
     np.testing.assert_allclose(batch.return_[valid], raw.mean() + (raw - raw.mean()) / raw.std(), atol=1e-4)
     normalized = ppo_rlhf.normalize_advantages(batch.advantage, batch.valid)[valid].numpy()
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+def test_rlhf_07_padding_has_no_part_in_mean_and_deviation(norm_adv):
+    """Those of the whole batch in make_batch, those of a minibatch in the update. Numpy knows the right ones."""
+    changes = {"max_grad_norm": math.inf, "adam_eps": 1e-2, "head_init": "torch", "num_envs": 16}
+    args, models, runner, agent = start(norm_adv=norm_adv, **changes)
+    move(agent)
+    rollout = runner.play(agent, 1)
+    batch, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    runner.args = plain = tiny(norm_adv="none", **changes)
+    raw, _ = ppo_rlhf.make_batch(agent, rollout, runner)
+    real, advantage = raw.valid.bool().numpy(), raw.advantage.numpy()
+    assert not real.all()
+    expected = torch.tensor((advantage - advantage[real].mean()) / advantage[real].std())
+    if norm_adv == "batch":
+        np.testing.assert_allclose(batch.advantage[real], expected[real], atol=1e-5)
+    right = update_once(plain, models, copy.deepcopy(agent), raw._replace(advantage=expected))
+    torch.testing.assert_close(update_once(args, models, agent, batch), right, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
@@ -347,8 +416,8 @@ def test_rlhf_11_rlhf_13_heads():
 
 
 def test_rlhf_12_separate_value_network_begins_as_the_reward_model():
-    args = tiny(value="separate", total_timesteps=64)
-    ppo_rlhf.train(args)
+    """A run begins with it: its learning rate is so low that its weights at the end are those at the start."""
+    ppo_rlhf.train(tiny(value="separate", total_timesteps=64, learning_rate=1e-12))
     _, models, runner, agent = start(value="separate")
     runner.measure_scores()
     ppo_rlhf.begin_value(agent, models, runner)
@@ -358,6 +427,7 @@ def test_rlhf_12_separate_value_network_begins_as_the_reward_model():
     score = (models.reward_model.score(rows)[0] - runner.score_mean) / runner.score_std
     assert value == pytest.approx(score, abs=1e-4)
     assert agent.value_lm is not agent.lm
+    torch.testing.assert_close(read_checkpoint("run")["theta"], flat(agent), atol=1e-6, rtol=0)
 
 
 def test_rlhf_14_reward_model_reads_the_last_token():
@@ -408,6 +478,61 @@ def test_rlhf_24_update_is_adam_with_its_epsilon():
     torch.testing.assert_close(theta, torch.nn.utils.parameters_to_vector(other.parameters()).detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_gradient_of_an_update_is_cut_to_the_norm_limit():
+    steps = []
+    for limit in (math.inf, 0.1):
+        args, models, runner, agent = start(max_grad_norm=limit, adam_eps=1e6)  # a step is then rate * gradient / eps
+        batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
+        before = flat(agent).clone()
+        steps.append((update_once(args, models, agent, batch, 1e6) - before).double())
+    assert steps[0].norm() > 0.2
+    torch.testing.assert_close(steps[1], steps[0] * 0.1 / steps[0].norm(), atol=1e-6, rtol=1e-2)
+
+
+def learn_noted(**changes):
+    """Rows and approximate KL of each minibatch of one call of learn, what learn returns, and the batch."""
+    args, models, runner, agent = start(update_epochs=4, head_init="torch", **changes)
+    move(agent)
+    batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)  # play seeds torch, so the order is the same
+    theta, rows, kls = flat(agent), [], []
+    adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(()))
+    update = ppo_rlhf.make_update(agent, args, models.texts)
+
+    def noted(theta, adam, batch, mb_inds, *schedule):
+        info = update(theta, adam, batch, mb_inds, *schedule)
+        rows.append(mb_inds.tolist())
+        kls.append(info["approx_kl"].item())
+        return info
+
+    figures, epochs = ppo_rlhf.learn(noted, theta, adam, batch, (1e-3, args.clip_coef, 0), args)
+    return rows, kls, figures, epochs, batch
+
+
+def test_rlhf_26_an_epoch_takes_each_response_once_in_an_order_of_its_own():
+    rows, kls, figures, epochs, _ = learn_noted()
+    assert epochs == 4 and [len(part) for part in rows] == [4] * 8
+    orders = [first + second for first, second in zip(rows[::2], rows[1::2], strict=True)]
+    assert [sorted(order) for order in orders] == [list(range(8))] * 4
+    assert len(set(map(tuple, orders))) == 4
+    assert figures["approx_kl"] == pytest.approx(np.mean(kls))
+
+
+def test_explained_variance_against_numpy():
+    _, _, figures, _, batch = learn_noted()
+    real = batch.valid.bool().numpy()
+    returns, values = batch.return_.numpy()[real], batch.value.numpy()[real]
+    assert figures["explained_variance"] == pytest.approx(1 - (returns - values).var() / returns.var(), rel=1e-3)
+
+
+def test_target_kl_is_compared_with_the_mean_of_an_epoch():
+    """Neither with its last minibatch, which is the farther one, nor with the mean of all epochs so far."""
+    kls = np.array(learn_noted()[1]).reshape(4, 2)  # of each epoch and minibatch
+    assert kls[0, 0] == 0 < kls[0, 1] < kls[1].mean()
+    for target in ((kls[0].mean() + kls[0, 1]) / 2, (kls[:2].mean() + kls[1].mean()) / 2):
+        assert kls[0].mean() < target < kls[1].mean()
+        assert learn_noted(target_kl=float(target))[3] == 2
+
+
 @pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
 def test_rlhf_27_rlhf_30_micro_batches_change_nothing(norm_adv):
     """The mean is over all tokens of the minibatch, also where its parts have different numbers of tokens."""
@@ -456,6 +581,29 @@ def test_rlhf_36_prompts_are_used_up_and_reshuffled():
     assert picked[:20] != picked[20:40]
 
 
+def test_measures_of_an_evaluation_against_numpy():
+    """An odd number of responses: as many with an end as without cannot be."""
+    _, _, runner, agent = start(eval_episodes=5)
+    move(agent)
+    rollouts, respond = [], runner.respond
+
+    def noted(*given):
+        rollouts.append(respond(*given))
+        return rollouts[-1]
+
+    runner.respond = noted
+    measures, samples = runner.evaluate(agent)
+    (rollout,) = rollouts
+    tokens, mask, valid, _ = rollout.responses
+    k1, k3 = divergence(agent, runner.reference, rollout.responses)
+    with torch.no_grad():
+        nll = -runner.reference(tokens, mask, valid.shape[1]).logprob[valid].mean().item()
+    expected = {"kl": k1.mean(), "kl_k3": k3.mean(), "reference_nll": nll, "ended": np.mean(ends(rollout.responses))}
+    expected |= {"length": valid.sum().item() / 5, "score": rollout.raw.mean().item()}  # the unit is not yet measured
+    assert len(samples) == 5 and not valid.all()
+    assert {name: measures[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
 def test_rlhf_37_evaluation_near_greedy():
     _, _, runner, agent = start(eval_temperature=0.001)
     _, first = runner.evaluate(agent)
@@ -468,9 +616,15 @@ def test_rlhf_37_evaluation_near_greedy():
 
 
 OFF = {
+    "learning rate": {"learning_rate": 4e-3},
+    "responses": {"num_envs": 4},
+    "tokens": {"num_steps": 4},
+    "norm limit": {"max_grad_norm": math.inf},
+    "target": {"target_kl": 1e-9},
     "rlhf 01": {"kl_coef": 0.0},
     "rlhf 03": {"kl_estimator": "k3"},
     "rlhf 04": {"kl_target": 0.01, "kl_horizon": 10.0},
+    "rlhf 04 horizon": {"kl_horizon": 10.0},
     "rlhf 05": {"norm_score": False},
     "rlhf 06": {"whiten_rewards": True},
     "rlhf 07": {"norm_adv": "none"},
@@ -494,9 +648,20 @@ OFF = {
     "rlhf 29": {"ent_coef": 0.01},
     "rlhf 32": {"score_clip": 0.1},
     "rlhf 33": {"ptx_coef": 1.0},
+    "rlhf 34": {"max_kl": 1e-3},
     "rlhf 35": {"value_warmup": 1},
     "bfloat16": {"precision": "bfloat16"},
 }
+
+
+ROUNDING = {"micro_batch"}  # flags that change no more than that
+
+
+def test_every_flag_of_ppo_is_switched():
+    """Those from the first heading of Args, PPO, to the stages before it."""
+    names = list(Args.__dataclass_fields__)
+    switches = set(names[names.index("learning_rate") : names.index("vocabulary")])
+    assert switches <= ROUNDING | {name for changes in OFF.values() for name in changes}
 
 
 @pytest.fixture(scope="module")
@@ -790,14 +955,20 @@ def run_two_ranks(**changes) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *words(**changes)], capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts():
+def test_rlhf_31_two_ranks_equal_one_process_with_twice_the_prompts(monkeypatch):
     changes = {"num_minibatches": 1, "norm_adv": "none", "adam_eps": 1e-2, "total_timesteps": 2 * 64}
-    ppo_rlhf.train(tiny("one", **changes))
+    changes |= {"ptx_coef": 1.0, "kl_horizon": 10.0}
+    ppo_rlhf.load_models(tiny(**changes))  # the stages draw as ever
+    draw = torch.randperm
+    with monkeypatch.context() as patch:  # as many numbers as a rank with half of the rows, so that both draw the same texts
+        patch.setattr(torch, "randperm", lambda count: torch.cat([draw(count // 2), torch.arange(count // 2, count)]))
+        ppo_rlhf.train(tiny("one", **changes))
     done = run_two_ranks(run_dir="two", num_envs=4, **changes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run directory: two") == 1
     one, two = (read_checkpoint(name) for name in ("one", "two"))
     torch.testing.assert_close(one["theta"], two["theta"], atol=1e-5, rtol=1e-4)
+    assert one["kl_coef"] == pytest.approx(two["kl_coef"]) and one["kl_coef"] != pytest.approx(Args.kl_coef)
     assert read_jsonl("one/episodes.jsonl") == [pytest.approx(episode) for episode in read_jsonl("two/episodes.jsonl")]
     with pytest.raises(UsageError, match="the run has 2 rank"):
         ppo_rlhf.train(Args(**(two["args"] | {"resume": "two"})))
@@ -1044,6 +1215,7 @@ def test_waiting_for_a_stage_of_another_process_is_said(capsys):
 
 
 def test_labels_do_not_depend_on_how_ppo_samples(monkeypatch):
+    """The first of a pair is the better one."""
     monkeypatch.setattr(ppo_rlhf, "make_vader", lambda: lambda texts, _: [float(text.count("o")) for text in texts])
     models = ppo_rlhf.load_models(tiny(env="words:score"))
     pairs = []
@@ -1051,6 +1223,7 @@ def test_labels_do_not_depend_on_how_ppo_samples(monkeypatch):
         args = argparse.Namespace(**vars(tiny(env="labels", **changes)))
         pairs.append(ppo_rlhf.compare_by_vader(args, models, np.random.default_rng(0)))
     assert pairs[0] == pairs[1] and len(pairs[0]) == 64
+    assert all(better.count("o") > worse.count("o") for better, worse in pairs[0])
 
 
 def test_evaluation_of_a_saved_run_shows_before_only_what_was_measured_alike(capsys, monkeypatch):
@@ -1069,6 +1242,42 @@ def test_evaluation_of_a_saved_run_shows_before_only_what_was_measured_alike(cap
         assert ("->" in out and out.count("before:") == 2) if alike else ("->" not in out and "before:" not in out)
         assert out.count("after:") == (4 if "4" in flags else 2) and " kl: " in out
         assert f"answering {4 if '4' in flags else 2} prompts" in err
+
+
+def test_language_loss_is_that_of_each_next_token():
+    lm, rows = random_lm(), [[0, 5, 6, 7, 8, EOS], [0, 9, EOS], [0, EOS]]
+    losses = next_token_losses(lm, rows)
+    padded = ppo_rlhf.pad_rows(rows, False)
+    assert ppo_rlhf.language_loss(lm, *padded).item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert ppo_rlhf.language_loss(lm, *padded, "sum").item() == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_the_reward_model_prefers_what_people_prefer():
+    """Words that it has read in other texts."""
+    models = start(num_comparisons=1024)[1]
+    rows = [ppo_rlhf.frame(models.tokenizer, f"the film is {' and '.join(told)} to me") for told in (GOOD, BAD)]
+    good, bad = models.reward_model.score(rows)
+    assert good > bad and models.facts["reward_model_accuracy"] > 0.9
+
+
+def test_held_out_texts_serve_the_measures_alone():
+    """Each text begins with a number of its own, so that a prompt says which text it is of."""
+    lines = Path("texts.tsv").read_text().splitlines()
+    rated = [line.split("\t") for line in lines]
+    rated = [(votes, f"{i:02} {text}") for i, (votes, text) in enumerate(rated)]
+    Path("numbered.tsv").write_text("".join(f"{votes}\t{text}\n" for votes, text in rated))
+    _, models, runner, agent = start(data="numbered.tsv", eval_episodes=90)
+    number = lambda tokens: int(models.tokenizer.decode(tokens)[:2])  # noqa: E731
+    learned = set(map(number, models.texts))
+    held = sorted(set(range(90)) - learned)
+    assert len(held) == 5
+    assert set(map(number, runner.prompts)) <= learned
+    measured = [int(prompt[:2]) for prompt, _, _ in runner.evaluate(agent)[1]]
+    assert sorted(measured) == held
+    rows = [ppo_rlhf.frame(models.tokenizer, rated[i][1]) for i in held]
+    assert models.facts["supervised_nats"] == pytest.approx(np.mean(next_token_losses(models.lm, rows)), rel=1e-4)
+    votes = [np.mean([float(vote) for vote in rated[i][0].split(",")]) for i in held]
+    assert models.facts["reward_model_accuracy"] == ppo_rlhf.agreement(models.reward_model.score(rows), votes)
 
 
 def test_few_prompts_are_said_and_held_out_prompts_are_not_trained_on(capsys):
