@@ -17,7 +17,7 @@ import ppo_continuous
 from ppo_continuous import Args
 
 SCRIPT = Path(ppo_continuous.__file__)
-TIMES = ("charts/SPS", "charts/seconds")
+TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_share")
 TINY: dict[str, Any] = {
     "env": "envs:Point-v0",
     "num_envs": 2,
@@ -37,8 +37,13 @@ def tiny_args(run_dir: Path | str = "run", **changes) -> Args:
 
 def tiny_flags(run_dir: Path | str = "run", **changes) -> list[str]:
     """The same as words of a command line."""
+    return make_flags(TINY | {"run_dir": str(run_dir)} | changes)
+
+
+def make_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line: clip_coef 0.1 is --clip-coef 0.1, anneal_lr False is --no-anneal-lr."""
     flags = []
-    for name, value in (TINY | {"run_dir": str(run_dir)} | changes).items():
+    for name, value in settings.items():
         word = name.replace("_", "-")
         flags += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
     return flags

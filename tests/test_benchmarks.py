@@ -33,7 +33,8 @@ import stats  # noqa: E402
 import suites  # noqa: E402
 
 # A script with the command line and the files of the real ones. 10 iterations of 100 steps, one episode each, with a
-# checkpoint after every second. CRASH always fails, FLAKY fails once, SLOW takes two seconds.
+# checkpoint after every second. CRASH always fails, FLAKY fails once, SLOW takes two seconds, STUCK hangs in its third
+# iteration until it is killed and goes on when it is resumed.
 STAND_IN = """
 import argparse, json, os, sys, time
 from pathlib import Path
@@ -70,6 +71,8 @@ for i in range(c["iteration"] + 1, a.total_timesteps // 100 + 1):
         sys.exit("stopped: it went wrong")
     e.write(json.dumps({"global_step": i * 100, "return": float(i * a.seed), "length": 100}) + "\\n")
     m.write(json.dumps({"iteration": i, "global_step": i * 100, "charts/SPS": 1000, "charts/seconds": i * 0.1}) + "\\n")
+    if i == 3 and a.env == "STUCK" and sys.argv[1:2] != ["--resume"]:
+        time.sleep(120)
     if i % 2 == 0:
         save(i)
 """
@@ -161,6 +164,15 @@ def test_interval_against_all_resamples():
     assert low < 100 < high
 
 
+def test_interval_of_a_difference_resamples_both():
+    """Where one of the two does not vary, it is the interval of the other."""
+    scores, fixed = np.array([[1.0, 10.0], [2.0, 40.0], [9.0, 70.0]]), np.zeros((3, 2))
+    low, high = stats.interval(scores)
+    assert stats.difference_interval(scores, fixed) == (low, high)
+    assert stats.difference_interval(fixed, scores) == pytest.approx((-high, -low), abs=1.0)
+    assert stats.difference_interval(fixed + 7, fixed) == (7.0, 7.0)
+
+
 def test_wilson_interval():
     assert stats.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
     assert stats.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
@@ -222,6 +234,30 @@ def test_result_of_a_language_model_keeps_its_course_and_its_stages(tmp_path):
     curve = result_files.summarize(folder, "rlhf-human", "default")[2]
     assert curve["evaluations"] == course
     assert curve["stages"] == {"reward_model_accuracy": 0.7, "supervised_nats": 4.1}
+
+
+@pytest.mark.parametrize("updates", [10, 200])
+def test_result_of_a_run_with_a_penalty_keeps_its_kl(tmp_path, updates):
+    """Of each update, and for each point of the curve the mean over those since the last point, where there was one."""
+    folder = write_run(tmp_path / "r", steps=100 * updates)
+    header, *iterations = result_files.read_jsonl(folder / "metrics.jsonl")
+    kls = [round(0.001 * (i % 7) + 0.0001 * i, 6) for i in range(updates)]
+    records = [header, *(r | {"losses/kl": kl} for r, kl in zip(iterations, kls, strict=True))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    curve = result_files.summarize(folder, "table1", "adaptive KL 0.01")[2]
+    assert curve["kl_of_updates"] == kls
+    if updates == 200:  # two for each point
+        assert curve["kl"] == pytest.approx(np.reshape(kls, (100, 2)).mean(axis=1), abs=1e-6)
+    else:  # one for every tenth point
+        assert curve["kl"] == [kls[k // 10 - 1] if k % 10 == 0 else None for k in range(1, 101)]
+
+
+@pytest.mark.parametrize(("total", "finished"), [(1000, True), (1099, True), (1100, False)])
+def test_a_run_is_finished_when_no_whole_rollout_is_left(tmp_path, capsys, total, finished):
+    """After 1,000 steps in rollouts of 100."""
+    folder = edit_logs(write_run(tmp_path / "r"), total_timesteps=total)
+    assert collect(tmp_path, folder, "--suite", "s") == (0 if finished else 1)
+    assert (f"is not finished: 1,000 of {total:,} steps" in capsys.readouterr().err) == (not finished)
 
 
 def test_result_of_a_resumed_run_adds_up_the_time(tmp_path):
@@ -629,22 +665,22 @@ def command_lines():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes of a killed runner die with it on Linux only")
 def test_killed_runner_goes_on_where_it_was(repo):
-    words = (*sweep("SLOW", seeds=("1", "2", "3", "4")), "--go", "--jobs", "2")
+    """Killed twice, when the two runs that it has begun stand between their first checkpoint and their second."""
+    words = (*sweep("STUCK", seeds=("1", "2", "3", "4")), "--go", "--jobs", "2")
     runs = repo / "benchmarks/runs/sweep_ppo_continuous"
+
+    def begun():
+        return {name for name, _ in starts(repo)} if (runs / "starts").exists() else set()
 
     def episodes(name):
         return len((runs / name / "episodes.jsonl").read_text().splitlines())
 
-    for kill in range(2):
+    for count in (2, 4):
         process = start(repo, *words, start_new_session=True)
         deadline = time.monotonic() + 120
-        target = 2 + 2 * kill  # runs that have begun
-        while len({n for n, _ in starts(repo)} if (runs / "starts").exists() else set()) < target:
+        while len(cut := [name for name in begun() if episodes(name) == 3]) < 2 or len(begun()) < count:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.7)  # beyond the first checkpoint of these runs, which take two seconds
-        cut = [name for name, _ in starts(repo) if episodes(name) < 10]
-        assert cut
         process.send_signal(signal.SIGKILL)  # only the runner, not its group
         process.wait()
         process.stdout.close()
@@ -653,12 +689,13 @@ def test_killed_runner_goes_on_where_it_was(repo):
         while any(str(runs) in command for command in command_lines()):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert all(episodes(name) < 10 for name in cut), "a run outlived its runner and went on to its end"
+        assert [episodes(name) for name in cut] == [3, 3]
     code, out, err = finish(repo, *words)
     assert (code, "4 of 4 runs finished" in out) == (0, True), err
-    assert any(int(i) > 0 for _, i in starts(repo)), "nothing was resumed"
     for seed in (1, 2, 3, 4):
-        lines = result_files.read_jsonl(runs / f"default__SLOW__{seed}" / "episodes.jsonl")
+        name = f"default__STUCK__{seed}"
+        assert [int(i) for n, i in starts(repo) if n == name] == [0, 2]  # from the start, and from its checkpoint
+        lines = result_files.read_jsonl(runs / name / "episodes.jsonl")
         assert [e["global_step"] for e in lines] == [100 * i for i in range(1, 11)]
     assert len(result_names(repo)) == 4
 
@@ -974,12 +1011,15 @@ def test_report_names_damaged_measurements(reported, capsys, name):
 
 
 def fake_results(folder, suite, settings, envs, seeds, score, args=None, course=None):
-    """Result files whose score is score(setting, env, seed); course(setting, env, seed): further parts of the curve."""
+    """Result files whose score is score(setting, env, seed), and over the whole training half of it.
+
+    course(setting, env, seed): further parts of the curve.
+    """
     for setting, env, seed in itertools.product(settings, envs, seeds):
         header = {"suite": suite, "setting": setting, "env": env, "seed": seed, "script": "ppo_continuous.py", "flags": {}}
         header |= {"script_sha256": "0" * 64, "versions": {"torch": "2"}, "cpu": "test", "gpu": None, "args": args or {}}
         value = float(score(setting, env, seed))
-        final = {"return": value, "return_over_training": value, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
+        final = {"return": value, "return_over_training": value / 2, "episodes": 1, "global_step": 1000, "seconds": 1, "sps": 1}
         name = suites.Run(suite, setting, "x.py", env, seed).name
         curve = {"global_step": [1000], "return": [value], **(course(setting, env, seed) if course else {})}
         result_files.write_result(result_files.result_file(folder, suite, name), [header, final, curve])
@@ -1075,7 +1115,7 @@ def test_distance_from_the_paper(tmp_path):
     assert f"| as printed | uniform | best setting | {rms[0]} | {rms[1]} | -0.48 [-0.48, -0.48] | 2 |" in text
     assert "| as printed | initial | best setting |  |  |  |  |" in text
     assert f"Nearest over the eleven rows: as printed, uniform policy 0, best run 1 ({rms[0]})." in text
-    fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -100)
+    fake_results(tmp_path, "initial", ["as printed"], suites.MUJOCO, (1,), lambda s, e, seed: -200)
     text = report_table1.table_distance(report.Results(tmp_path))
     assert re.search(r"\| as printed \| initial \| best run \| 0.\d\d \| 0.\d\d \| 0.26 \[0.26, 0.26\] \| 2 \|", text)
 
@@ -1114,14 +1154,71 @@ def test_differences_are_given_with_their_runs(tmp_path):
 
 
 def test_effect_of_details(tmp_path):
+    """Each task counts alike, whatever the size of its returns: half of one of three is lost."""
     fake_random(tmp_path, 0.0)
-    fake_results(tmp_path, "base", ["default"], suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: 100)
+    on = {"HalfCheetah": 100, "Hopper": 200, "Walker2d": 50}
+    fake_results(tmp_path, "base", ["default"], on, (1, 2, 3), lambda s, env, seed: on[env])
     worse, better = list(suites.DETAILS)[:2]
-    level = {worse: 80, better: 105}
-    fake_results(tmp_path, "details", level, suites.DETAILS_TASKS, (1, 2, 3), lambda s, e, seed: level[s])
+    level = {worse: on | {"HalfCheetah": 50}, better: {env: 1.05 * x for env, x in on.items()}}
+    fake_results(tmp_path, "details", level, on, (1, 2, 3), lambda s, env, seed: level[s][env])
     text = report.table_details(report.Results(tmp_path))
-    assert f"| {worse} | -0.20 [-0.20, -0.20] | 0.00 [0.00, 0.00] | 80.0 [80.0, 80.0] |" in text
+    cells = "50.0 [50.0, 50.0] | 200 [200, 200] | 50.0 [50.0, 50.0] | 1, 2, 3 |"
+    assert f"| {worse} | -0.17 [-0.17, -0.17] | 0.33 [0.33, 0.33] | {cells}" in text
     assert f"| {better} | +0.05 [+0.05, +0.05] | 1.00 [1.00, 1.00] |" in text
+
+
+def test_table_of_the_kl_penalty(tmp_path):
+    """Of the updates only those after the first tenth of training count."""
+    fake_random(tmp_path, 10.0)
+    level = {"Hopper": (210, 110), "Reacher": (60, 40)}
+    near, far = [9.0] * 2 + [0.002] * 3 + [0.012] * 9 + [0.04] * 6, [0.01] * 2 + [0.1] * 18
+    fake_results(tmp_path, "base", ["default"], level, (1, 2), lambda s, env, seed: level[env][0])
+    kls = {"Hopper": {"kl": [0.012], "kl_of_updates": near}, "Reacher": {"kl": [0.1], "kl_of_updates": far}}
+    settings = [report.KL_SETTING]
+    fake_results(
+        tmp_path,
+        "table1-details",
+        settings,
+        level,
+        (1, 2),
+        lambda s, env, seed: level[env][1],
+        course=lambda s, env, _: kls[env],
+    )
+    text = report.table_kl_penalty(report.Results(tmp_path))
+    assert "| Hopper-v4 | 210 [210, 210] | 110 [110, 110] | -100 [-100, -100] | 50.0% | 0.0120 | 50.0% |" in text
+    assert "| Reacher-v4 | 60.0 [60.0, 60.0] | 40.0 [40.0, 40.0] | -20.0 [-20.0, -20.0] | 60.0% | 0.1000 | 0.0% |" in text
+    assert "| Swimmer-v4 |  |  |  |  |  |  |" in text
+
+
+def test_published_scores_outside_of_our_interval_are_named(tmp_path):
+    level = {"Hopper": (2000, 2350), "Swimmer": (90, 120)}
+    fake_results(tmp_path, "base", ["default"], level, (1, 2), lambda s, env, seed: level[env][seed - 1])
+    fake_results(tmp_path, "base", ["default"], ["Reacher"], (1,), lambda *_: -300)  # one run has no interval
+    fake_results(tmp_path, "peer", ["SB3 PPO"], ["Hopper"], (1,), lambda *_: 500)
+    text = report.table_published(report.Results(tmp_path))
+    published = "~2330 | 2316.2 | 1912.9 | 2382.9±271.7 | baselines trpo_mpi v2, CleanRL v4 |"
+    assert f"| Hopper | 2175 [2000, 2350] | 500 | {published}" in text
+    assert "| Swimmer | 105 [90.0, 120] |  | ~108 | 111.2 | 95.0 |  |  |" in text
+    assert "| Reacher | -300 |  | ~-7 | -6.7 | -4.8 |  |  |" in text
+
+
+def test_table_of_shared_networks_on_mujoco(tmp_path):
+    fake_results(tmp_path, "shared-mujoco", ["shared"], ["HalfCheetah", "Hopper"], (1, 2, 3), lambda *_: 100)
+    fake_results(tmp_path, "shared-mujoco", ["separate"], ["HalfCheetah"], (1, 2), lambda *_: 140)
+    text = report.table_shared_mujoco(report.Results(tmp_path))
+    assert "| HalfCheetah-v4 | 100 [100, 100] | 140 [140, 140] | -40.0 [-40.0, -40.0] | 3 and 2 |" in text
+    assert "| Hopper-v4 | 100 [100, 100] |  |  | 3 and 0 |" in text
+
+
+def test_table_of_discrete_actions(tmp_path):
+    fake_results(tmp_path, "discrete", ["shared, unscaled rewards"], ["CartPole-v1"], (1, 2), lambda *_: 300)
+    text = report.table_discrete(report.Results(tmp_path))
+    cells = "300 [300, 300] | 150 [150, 150] | 1, 2 | 1,000 | --no-norm-reward |"
+    assert f"| shared, unscaled rewards | CartPole-v1 | {cells}" in text
+    assert (
+        "| LunarLander | LunarLander-v3 |  |  |  |  | --num-envs 16 --num-steps 1024 --num-minibatches 64 --gamma 0.999" in text
+    )
+    assert "--total-timesteps" not in text
 
 
 def test_plot_of_details_has_a_panel_for_each_task_that_was_run(tmp_path):

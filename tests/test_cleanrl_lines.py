@@ -3,9 +3,7 @@
 The scripts run in this process, with short rollouts after the line's own flags; W&B is switched off where a line tracks.
 """
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,21 +19,10 @@ NEW = "--env_id {} --seed 1 --no_cuda --track"
 
 
 @pytest.fixture
-def command_line(monkeypatch, capsys):
+def command_line(monkeypatch, run_here):
     """Runs `script.py words...` in this process: exit code, stdout, stderr."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-
-    def run(script: str, *words: str) -> tuple[int, str, str]:
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [module.__file__, *words])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return run_here
 
 
 RUN = [
@@ -138,13 +125,11 @@ def test_a_flag_that_is_refused_with_what_to_use(command_line, script, line, sai
     ],
 )
 def test_an_environment_of_its_benchmarks_that_has_another_name_or_script_here(command_line, script, name, said):
-    """It may also just run, as its benchmarks' name of the task."""
-    code, _, err = command_line(script, "--env-id", name, *without_short([]))
-    assert code in (0, 2), err
-    if code:
-        assert err.splitlines()[-1].startswith(f"{script}.py: error: ")
-        assert re.search(said, err), err
-        assert list(Path().iterdir()) == []
+    code, out, err = command_line(script, "--env-id", name, *without_short([]))
+    assert (code, out) == (2, ""), err
+    assert err.splitlines()[-1].startswith(f"{script}.py: error: ")
+    assert re.search(said, err.splitlines()[-1]), err
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What all four scripts do alike: what they log, how they learn from a batch, what a checkpoint holds, what they seed."""
+"""What all scripts with environments do alike: what they log, how they learn from a batch, what a checkpoint holds, seeds."""
 
 import importlib
 import math

@@ -20,12 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import equal
+from helpers import TIMES, equal
 from warm import CACHE, ROOT, SCRIPTS, Warm
 
 KILLS = int(os.environ.get("PPO_KILLS", "25"))
 SEED = int(os.environ.get("PPO_KILLS_SEED", "1"))
-TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_share")
 
 COMMON = "--num-minibatches 2 --update-epochs 2 --eval-episodes 0 --no-compile --seed 3 --num-envs 2"
 SIZES = "--num-steps 32 --total-timesteps 2560 --checkpoint-every 5"

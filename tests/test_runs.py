@@ -1,12 +1,12 @@
 """Whole runs: reproducible, killed and resumed, interrupted, copied, evaluated, logged."""
 
+import functools
 import math
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -17,23 +17,13 @@ from PIL import Image, ImageSequence
 
 import ppo_continuous
 from helpers import SCRIPT, Child, equal, read_checkpoint, read_jsonl, read_metrics, run_script, tiny_args, tiny_flags
-from ppo_continuous import evaluate, load_checkpoint, main, train
+from ppo_continuous import evaluate, load_checkpoint, train
 
 
 @pytest.fixture
-def command_line(monkeypatch, capsys):
-    """Runs the command line in this process: words -> exit code, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+def command_line(run_here):
+    """Words of `ppo_continuous.py words...` -> exit code, stdout, stderr."""
+    return functools.partial(run_here, "ppo_continuous")
 
 
 def test_same_seed_same_bits_other_seed_other_numbers():
@@ -256,15 +246,18 @@ def test_actions_are_of_the_type_of_the_action_space(deterministic):
 
 
 def test_killed_after_an_extension_a_run_goes_on_to_its_new_end(command_line):
+    """Killed as soon as the checkpoint has the new end, of which the run is still 36 iterations away."""
+    end = 40 * 64
     train(tiny_args("whole"))
     train(tiny_args("run"))
-    assert command_line("--resume", "whole", "--total-timesteps", 8 * 64)[0] == 0
-    child = Child("--resume", "run", "--total-timesteps", 8 * 64)
-    while read_checkpoint("run")["args"]["total_timesteps"] == 4 * 64:
-        time.sleep(0.001)
+    assert command_line("--resume", "whole", "--total-timesteps", end)[0] == 0
+    child = Child("--resume", "run", "--total-timesteps", end)
+    wait_until(lambda: read_checkpoint("run")["args"]["total_timesteps"] == end, child)
     child.kill()
+    assert child.process.exitcode == -signal.SIGKILL
+    assert read_checkpoint("run")["iteration"] < 40
     assert command_line("--resume", "run")[0] == 0
-    assert read_checkpoint("run")["iteration"] == 8
+    assert read_checkpoint("run")["iteration"] == 40
     assert equal(read_checkpoint("run")["theta"], read_checkpoint("whole")["theta"])
     assert read_metrics("run") == read_metrics("whole")
 

@@ -599,6 +599,24 @@ def test_detail_13_shared_and_separate(share, lstm):
     assert sum(p.numel() for p in agent.parameters()) == per_trunk * (1 if share else 2) + heads
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_other_initial_weights_are_those_of_every_layer(share):
+    """Rows of norm 1 (0.01 of the policy) without bias, or the uniform ones of torch with one."""
+    for scheme in ("normc", "torch"):
+        agent = Agent(4, (1, 3), weight_init=scheme, share_params=share)
+        layers = [m for m in agent.modules() if isinstance(m, nn.Linear)]
+        assert len(layers) == (4 if share else 6)
+        for layer in layers:
+            weight, gain = layer.weight.detach(), 0.01 if layer is agent.actor else 1.0
+            if scheme == "normc":
+                torch.testing.assert_close(weight.norm(dim=1), torch.full((len(weight),), gain))
+                assert not layer.bias.any()
+            else:
+                bound = 1 / math.sqrt(weight.shape[1])
+                assert 0.8 * bound < weight.abs().max() <= bound
+                assert layer.bias.any()
+
+
 def test_detail_32_lstm_initialization():
     agent = Agent(4, (1, 2), lstm=True, share_params=False)
     for cell in (agent.policy_cell, agent.value_cell):
@@ -875,6 +893,20 @@ def test_evaluation_against_playing_by_hand(lstm):
     first, second = evaluate(sampled, checkpoint), evaluate(sampled, checkpoint)
     assert first == second
     assert first["returns"] != returns
+
+
+def test_sampled_actions_of_an_evaluation_follow_the_policy():
+    """Frequencies of a peaked policy within five standard errors."""
+    p, n, agent = np.array([0.7, 0.2, 0.1]), 20_000, Agent(4, (1, 3))
+    with torch.no_grad():
+        for parameter, value in zip(agent.actor.parameters(), (torch.zeros(1), torch.tensor(p).log()), strict=True):
+            parameter.copy_(value)
+    theta, obs_rms = nn.utils.parameters_to_vector(agent.parameters()).detach(), ppo_shared_params.RunningMeanStd((4,))
+    spaces = Spaces(Box(-np.inf, np.inf, (4,)), Discrete(3), 4)
+    checkpoint = {"theta": theta, "obs_rms": obs_rms.state_dict()}
+    policy = make_policy(tiny(), checkpoint, spaces, np.random.default_rng(0))
+    frequencies = np.bincount(policy(np.ones((n, 4))), minlength=3) / n
+    assert (np.abs(frequencies - p) <= 5 * np.sqrt(p * (1 - p) / n)).all()
 
 
 def test_load_policy_forgets_where_an_episode_begins():
