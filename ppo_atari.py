@@ -978,11 +978,12 @@ def check_parameters(agent: nn.Module):
     for name in agent.state_dict():
         if name not in parameters:
             raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
-    known, reached = {id(x) for x in (*agent.parameters(), *agent.buffers())}, dict[int, Any]()
-    copy.deepcopy(agent, reached)  # by id what the network holds, in lists and dicts, too
-    if any(isinstance(x, torch.Tensor) and key not in known for key, x in reached.items()):
-        layers = "a list of layers is an nn.ModuleList, a tensor that never changes a buffer with persistent=False"
-        raise UsageError(f"the network holds tensors that are neither its parameters nor its buffers: {layers}")
+    reached: dict[int, Any] = {}
+    copy.deepcopy(agent, reached)  # by id all that the network holds, in lists and dicts, too
+    if any(isinstance(x, nn.Parameter) for key, x in reached.items() if key not in set(map(id, parameters.values()))):
+        raise UsageError(
+            "the network holds layers in a list or dict, which are not trained: use nn.ModuleList or nn.ModuleDict"
+        )
 
 
 def free_memory() -> float:
@@ -1331,7 +1332,7 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
-        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+        if not torch.stack([x.isfinite().all() for x in (state["theta"], *state["adam"])]).all():
             raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()

@@ -2047,7 +2047,7 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
-        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+        if not torch.stack([x.isfinite().all() for x in (state["theta"], *state["adam"])]).all():
             raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()

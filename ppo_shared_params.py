@@ -473,14 +473,14 @@ def numpy_policy(agent: Agent):
         if isinstance(module, nn.Sequential):
             continue  # its parts follow
         if isinstance(module, nn.Linear):
-            weight, bias = (
-                np.zeros(1, np.float32) if x is None else x.detach().cpu().numpy() for x in (module.weight, module.bias)
-            )
-            layers.append((np.ascontiguousarray(weight.T), bias))
+            weight = np.ascontiguousarray(module.weight.detach().cpu().numpy().T)
+            layers.append((weight, 0 if module.bias is None else module.bias.detach().cpu().numpy()))
         elif type(module) in activations:
             layers.append(activations[type(module)])
         else:
             raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
+    if not all(np.isfinite(x).all() for layer in layers if type(layer) is tuple for x in layer):
+        raise NonFiniteError("the parameters of the policy are not finite")
     head = layers.pop()
     if agent.policy_cell is not None:
         w_x, w_h, *biases = (x.detach().cpu().numpy() for x in agent.policy_cell.parameters())
@@ -549,13 +549,11 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
             pairs = zip(acting(probe), expected, strict=True)
             rows = [(np.broadcast_to(a, b.shape).reshape(3, -1), b.reshape(3, -1)) for a, b in pairs]
             acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
-            finite, largest = np.isfinite(learned).all(axis=1), np.abs(learned).max(axis=1, keepdims=True)
+            largest = np.abs(learned).max(axis=1, keepdims=True)
             close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
-        same = close[finite].all()  # a large observation may overflow
+        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
     except ValueError:  # as above
         same = False
-    if same and not finite.any():
-        raise NonFiniteError("the policy puts out no finite numbers")
     if not same:
         raise UsageError(
             "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
@@ -1433,11 +1431,12 @@ def check_parameters(agent: nn.Module):
     for name in agent.state_dict():
         if name not in parameters:
             raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
-    known, reached = {id(x) for x in (*agent.parameters(), *agent.buffers())}, dict[int, Any]()
-    copy.deepcopy(agent, reached)  # by id what the network holds, in lists and dicts, too
-    if any(isinstance(x, torch.Tensor) and key not in known for key, x in reached.items()):
-        layers = "a list of layers is an nn.ModuleList, a tensor that never changes a buffer with persistent=False"
-        raise UsageError(f"the network holds tensors that are neither its parameters nor its buffers: {layers}")
+    reached: dict[int, Any] = {}
+    copy.deepcopy(agent, reached)  # by id all that the network holds, in lists and dicts, too
+    if any(isinstance(x, nn.Parameter) for key, x in reached.items() if key not in set(map(id, parameters.values()))):
+        raise UsageError(
+            "the network holds layers in a list or dict, which are not trained: use nn.ModuleList or nn.ModuleDict"
+        )
 
 
 def free_memory() -> float:
@@ -1747,7 +1746,7 @@ class Run:
 
     def save(self, iteration: int, state: dict):
         """Replaces the checkpoint. It has no random states: they are set anew from (seed, iteration) after each one."""
-        if not all(x.isfinite().all() for x in (state["theta"], *state["adam"])):
+        if not torch.stack([x.isfinite().all() for x in (state["theta"], *state["adam"])]).all():
             raise NonFiniteError(f"non-finite parameters, or moments of Adam, after iteration {iteration}")
         for log in self.logs.values():
             log.flush()

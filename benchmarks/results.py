@@ -184,6 +184,15 @@ def result_file(results: Path, suite: str, name: str) -> Path:
     return results / suites.slug(suite) / f"{name}.jsonl.gz"
 
 
+@functools.cache
+def read_flags(script: str, *flags: str) -> dict:
+    """Settings of a script with these flags, as a log has them."""
+    import tyro
+
+    args = tyro.cli(suites.load_script(script).Args, args=[*flags, "--run-dir", "none"])
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+
 def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
     """The run of a stored suite that a result is of; RunnerError where its arguments are not those of the plan."""
     name = suites.Run(suite, setting, header["script"], header["env"], header["seed"]).name
@@ -192,11 +201,8 @@ def planned_run(suite: str, setting: str, header: dict) -> suites.Run:
         raise RunnerError(f"the suite {suite} has no run {name}")
     expected = planned.flags
     if not planned.peer and planned.script != suites.EXACT:
-        import tyro
-
-        script = suites.load_script(Path(planned.script).stem)
-        args = tyro.cli(script.Args, args=[*planned.options(), "--run-dir", "none"])
-        expected = json.loads(json.dumps(dataclasses.asdict(args)))  # as a log has them
+        _, _, _, _, *flags = planned.options()  # task and seed come first
+        expected = read_flags(Path(planned.script).stem, *flags) | {"env": planned.env, "seed": planned.seed}
     other = differing(expected, header["args"])
     if other or header["script"] != script_of(planned):
         text = ", ".join(f"{k} {header['args'][k]} for {expected[k]}" for k in other) or header["script"]

@@ -129,7 +129,7 @@ class Child:
     """`ppo_continuous.py words...` in a process of its own, forked from one that has imported everything (in 20 ms)."""
 
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ppo_continuous", "envs"])
+    context.set_forkserver_preload(["jitted", "envs"])
 
     def __init__(self, *words, stderr: str = "child.txt"):
         self.process = self.context.Process(target=run_main, args=([*map(str, words)], os.path.abspath(stderr)))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "posed"
-SCRIPT = str(Path(sys.argv[1]).resolve())
+SCRIPT = ""  # file of the script that runs
 EVENTS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
 PINNED: dict[int, torch.Tensor] = {}  # address -> tensor, which must stay alive so that its address stays its own
 SENT: list[tuple[torch.Tensor, torch.Tensor]] = []  # pinned memory that the device may still read, and what was in it
@@ -187,18 +187,20 @@ def pose():
     torch.save = lambda x, *rest, **options: save(tree_map(inner, x), *rest, **options)
 
 
-def main():
+def main(path: str, *flags: str):
+    global SCRIPT
+    SCRIPT = str(Path(path).resolve())
     spec = importlib.util.spec_from_file_location(Path(SCRIPT).stem, SCRIPT)
     script: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules[Path(SCRIPT).stem] = script
     spec.loader.exec_module(script)  # type: ignore[union-attr]
     pose()
     eager = ["--no-compile"] if hasattr(script.Args, "compile") else []
-    args, _ = script.parse_args(["--device", "cuda", *eager, *sys.argv[2:]])
+    args, _ = script.parse_args(["--device", "cuda", *eager, *flags])
     with Rename(), Dispatch():
         script.train(args)
-    print(json.dumps(EVENTS))
+    print(json.dumps(EVENTS), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -758,7 +758,7 @@ def test_evaluation_makes_at_most_num_envs_games_at_a_time_and_cuts_them_off(mon
     assert [len(seeds) for seeds in made] == [2, 2, 1]
     assert len({seed for seeds in made for seed in seeds}) == 5
     assert result["lengths"] == [7] * 5
-    assert "2 evaluation episode(s) cut off after --eval-steps 7" in capsys.readouterr().err
+    assert "5 evaluation episode(s) cut off after --eval-steps 7" in capsys.readouterr().err
 
 
 def test_load_policy_plays_as_the_evaluation_does():

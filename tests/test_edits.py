@@ -101,7 +101,7 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "batch normalization": ([("mlp(1, 1.0)", BATCH_NORM)], "critic.0.running_mean is a buffer, which no"),
     "layers in a list": (
         [(CRITIC, CRITIC.replace("mlp(1, 1.0)", "[mlp(64, 1.0), nn.Linear(64, 1)]")), (VALUE, LISTED)],
-        "the network holds tensors that are neither its parameters nor its buffers: a list of layers is an nn.ModuleList",
+        "the network holds layers in a list or dict, which are not trained: use nn.ModuleList or nn.ModuleDict",
     ),
     "a flag of a type that cannot be checked": (
         [(RUN_DIR, "    scale: Weight | None = None\n" + RUN_DIR)],

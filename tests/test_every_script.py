@@ -355,7 +355,7 @@ def test_an_evaluation_is_seeded_by_the_seed_of_its_run(script, monkeypatch):
 
     def play_episodes(args, checkpoint, seeds, rng, frames, problems):
         given.append((*seeds, rng.random()))
-        yield from [(0.0, 1)] * len(seeds)
+        yield from [(0.0, 1, False)] * len(seeds)
 
     monkeypatch.setattr(script, "play_episodes", play_episodes)
     Path("run").mkdir()

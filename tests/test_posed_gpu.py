@@ -1,15 +1,17 @@
 """The --device cuda path of the scripts, uncompiled, on a stand-in for a GPU (posed_gpu.py)."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import posed_gpu
 import ppo_continuous
 from helpers import read_checkpoint, read_jsonl
+from warm import CONTEXT, Warm, run_child
 
 ROOT = Path(ppo_continuous.__file__).parent
 T, ITERATIONS = 4, 3
@@ -24,13 +26,21 @@ CASES = {
 }
 
 
-# of ppo_atari.py: once a step for the actions; once an iteration for the values and the losses; an epoch for --target-kl
-WAITS = {"play": T * ITERATIONS, "make_batch": ITERATIONS, "learn": (1 + 2) * ITERATIONS}
+# of ppo_atari.py: once a step for the actions; once an iteration for the values and the losses; an epoch for --target-kl;
+# and once at each of the three checkpoints, to see that all is finite
+WAITS = {"play": T * ITERATIONS, "make_batch": ITERATIONS, "learn": (1 + 2) * ITERATIONS, "save": 3}
 
 
 def run_posed(script: Path, flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(Path(__file__).with_name("posed_gpu.py")), str(script), *flags.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    """posed_gpu.py SCRIPT flags..., forked from a process that has imported torch."""
+    files = [Path("posed.out"), Path("posed.err")]
+    for file in files:
+        file.write_bytes(b"")
+    words = (str(script), *flags.split())
+    process = CONTEXT.Process(target=run_child, args=(posed_gpu.main, words, os.getcwd(), *map(str, files)))
+    process.start()
+    process.join(600)
+    return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
 
 
 def run_edited(line: str, edited: str, run_dir: str = "posed") -> subprocess.CompletedProcess:
@@ -60,8 +70,8 @@ def test_the_path_of_a_gpu_gives_the_parameters_of_the_cpu(script):
     flags = f"{COMMON} {CASES[script]} --run-dir"
     done = run_posed(ROOT / script, f"{flags} posed")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(ROOT / script), "--device", "cpu", "--no-compile", *flags.split(), "cpu"]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    words = ["--device", "cpu", "--no-compile", *flags.split(), "cpu"]
+    assert Warm(Path(script).stem, words, Path.cwd(), "cpu.out", "cpu.err").wait() == 0, Path("cpu.err").read_text()
     posed, cpu = read_checkpoint("posed"), read_checkpoint("cpu")
     assert posed["args"]["device"] == "cuda"
     assert posed["iteration"] == ITERATIONS

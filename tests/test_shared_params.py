@@ -887,7 +887,7 @@ def test_evaluation_against_playing_by_hand(lstm):
     args = dataclasses.replace(args, eval_episodes=8, eval_deterministic=True)  # four at a time
     played = sorted(range(8), key=lambda i: (i // 4, lengths[i]))  # each four in the order in which they end
     expected = {"returns": [returns[i] for i in played], "lengths": [lengths[i] for i in played]}
-    assert evaluate(args, checkpoint) == expected | {"deterministic": True, "problems": []}
+    assert evaluate(args, checkpoint) == expected | {"cut_off": 0, "deterministic": True, "problems": []}
     sampled = dataclasses.replace(args, eval_deterministic=Args.eval_deterministic)
     assert not sampled.eval_deterministic
     first, second = evaluate(sampled, checkpoint), evaluate(sampled, checkpoint)

@@ -18,18 +18,24 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ppo_continuous", "ppo_kl_penalty", "ppo_shared_params", "ppo_atari")
 CACHE = Path(tempfile.gettempdir(), f"ppo_tests_{os.getuid()}")  # of the stages of ppo_rlhf.py, which are trained once
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["warm", "envs", "rewards", *SCRIPTS, "ppo_rlhf"])
+# the last one is what --device cuda imports of the compiler
+CONTEXT.set_forkserver_preload(["warm", "jitted", "envs", "rewards", *SCRIPTS, "ppo_rlhf", "torch._inductor.cudagraph_trees"])
 
 
-def run_main(name: str, words: list[str], folder: str, env: dict[str, str], stdout: str, stderr: str, limits: dict[int, int]):
-    """Body of the child: the command line `name.py words...` in `folder`, as the leader of a process group of its own."""
+def run_child(body: Callable, args: tuple, folder: str, stdout: str, stderr: str):
+    """Body of a child: body(*args) in `folder`, as the leader of a process group of its own; output is appended to files."""
     os.setsid()
     os.chdir(folder)
-    os.environ.update(env)
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    body(*args)
+
+
+def run_main(name: str, words: list[str], env: dict[str, str], limits: dict[int, int]):
+    """The command line `name.py words...`."""
+    os.environ.update(env)
     script = importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     if handler := getattr(script, "stop_at_signal", None):  # a script sets it where it is the main module
@@ -58,8 +64,10 @@ class Warm:
         self.stdout, self.stderr = (Path(x or f"{folder}.{y}") for x, y in ((stdout, "out"), (stderr, "err")))
         for path in (self.stdout, self.stderr):
             path.touch()
-        args = (name, words, str(folder.resolve()), env or {}, str(self.stdout), str(self.stderr), limits or {})
-        self.process = CONTEXT.Process(target=run_main, args=args)
+        args = (name, words, env or {}, limits or {})
+        self.process = CONTEXT.Process(
+            target=run_child, args=(run_main, args, str(folder.resolve()), str(self.stdout), str(self.stderr))
+        )
         self.process.start()
 
     def send(self, number: int):
