@@ -848,7 +848,8 @@ class KeepInfo(gymnasium.Wrapper):
         super().__init__(env)
         self.stepped = False
         try:
-            inspect.signature(env.unwrapped.reset).bind(seed=0, options=None)
+            with contextlib.suppress(ValueError):  # one that is not written in Python may have no signature
+                inspect.signature(env.unwrapped.reset).bind(seed=0, options=None)
         except TypeError as error:
             raise UsageError(f"reset of the environment must take seed and options: {error}") from error
 
@@ -1053,9 +1054,9 @@ def check_parameters(agent: nn.Module):
     for name in agent.state_dict():
         if name not in parameters:
             raise UsageError(f"{name} is a buffer, which no checkpoint holds: if it never changes, set persistent=False")
-    reached: dict[int, Any] = {}
+    known, reached = set(map(id, parameters.values())), dict[int, Any]()
     copy.deepcopy(agent, reached)  # by id all that the network holds, in lists and dicts, too
-    if any(isinstance(x, nn.Parameter) for key, x in reached.items() if key not in set(map(id, parameters.values()))):
+    if any(isinstance(x, nn.Parameter) and key not in known for key, x in reached.items()):
         raise UsageError(
             "the network holds layers in a list or dict, which are not trained: use nn.ModuleList or nn.ModuleDict"
         )

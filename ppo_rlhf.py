@@ -647,8 +647,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
 
     update(theta, adam, batch, mb_inds, learning_rate, clip_coef, warmup) changes the flat parameter vector theta and the
     Adam state (first moment, second moment, step count) in place and returns what is logged, each a scalar tensor.
-    theta is one vector so that norm and Adam are single operations; the agent's parameters are views of its parts.
-    texts: tokens of the texts of --ptx-coef.
+    theta is one vector, so norm and Adam are single operations; the agent's parameters are its parts. texts: for --ptx-coef.
     """
     parameters = list(agent.parameters())
     of_value = {id(p) for network in (agent.value_head, agent.value_lm) if network for p in network.parameters()}
@@ -692,7 +691,8 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
             gradient = gradient + (average_gradient(supervised, mask[:, 1:]) if args.world_size > 1 else supervised)
         if warmup:  # [rlhf 35]
             for part, p in zip(gradient.split([p.numel() for p in parameters]), parameters, strict=True):
-                part *= id(p) in of_value
+                if id(p) not in of_value:
+                    part.zero_()
         grad_norm = torch.linalg.vector_norm(gradient)
         gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # [detail 11]
         settings: Any = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": args.adam_eps}  # [rlhf 24]
@@ -743,7 +743,7 @@ class Models(NamedTuple):
 
 def check_lengths(args: Args, models: Models):
     """UsageError where a prompt and its response may be longer than what the model reads."""
-    longest = max(map(len, models.prompts + models.held_out_prompts)) + args.num_steps
+    longest = max(map(len, models.prompts + models.held_out_prompts[: args.eval_episodes])) + args.num_steps
     if longest > models.lm.context:
         raise UsageError(
             f"the longest prompt and num_steps = {args.num_steps} make {longest} tokens, but the model reads "
