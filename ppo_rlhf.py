@@ -1037,7 +1037,7 @@ def make_agent(args: Args, models: Models) -> Agent:
 def constant_buffers(agent: Agent) -> dict[str, torch.Tensor]:
     """What a checkpoint of parameters does not hold of the networks, so it may not change."""
     parameters = dict(agent.named_parameters(remove_duplicate=False))
-    return {name: x.clone() for name, x in agent.state_dict().items() if name not in parameters}
+    return {name: x for name, x in agent.state_dict().items() if name not in parameters}
 
 
 def begin_value(agent: Agent, models: Models, runner: Runner):
@@ -1067,7 +1067,7 @@ def train(args: Args) -> dict:
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=args.device))
     update = make_update(agent, args, models.texts)
 
-    buffers = constant_buffers(agent)
+    buffers = copy.deepcopy(constant_buffers(agent))
 
     def state_dict() -> dict:
         if changed := [name for name, x in constant_buffers(agent).items() if not torch.equal(x, buffers[name])]:
@@ -1546,11 +1546,10 @@ class Pretrained(nn.Module):
         for i, row in enumerate(rows):
             alone = torch.tensor([row])
             expected = self.lm(alone).logits[0]
-            plain = {
-                "from its last hidden states": self.hidden(alone, torch.ones_like(alone, dtype=torch.bool)).expand(2, -1, -1)
-            }
-            for way, hidden in (plain | ways).items():
-                gap = (self.logits(hidden[i, -len(row) :]) - expected).abs().max() / expected.abs().max()
+            states = {"from its last hidden states": self.hidden(alone, torch.ones_like(alone, dtype=torch.bool))[0]}
+            states |= {way: hidden[i, -len(row) :] for way, hidden in ways.items()}
+            for way, hidden in states.items():
+                gap = (self.logits(hidden) - expected).abs().max() / expected.abs().max()
                 if not gap < 1e-3:
                     raise UsageError(f"the model {name} gives other logits {way}: this script cannot train it")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import ppo_rlhf
-from helpers import equal, read_checkpoint, read_jsonl, read_metrics
+from helpers import equal, make_flags, read_checkpoint, read_jsonl, read_metrics
 from ppo_rlhf import BOS, EOS, GPT, PAD, Agent, Args, Batch, NonFiniteError, RewardModel, Runner, Tokenizer, UsageError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -68,11 +68,7 @@ def tiny(run_dir: Path | str = "run", **changes) -> Args:
 
 
 def words(**changes) -> list[str]:
-    flags = []
-    for name, value in (TINY | {"run_dir": "run"} | changes).items():
-        word = name.replace("_", "-")
-        flags += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
-    return flags
+    return make_flags(TINY | {"run_dir": "run"} | changes)
 
 
 def start(**changes):
