@@ -8,8 +8,8 @@ Flags after the script's name are the script's own, on top of short rollouts. Wi
 goes through a list of cases. A case runs the old script and the new one, with a checkpoint every third of the run. Then the
 old one is killed while it replaces its third checkpoint, and the new one resumes that run directory from the second. Equal to
 the last bit must be: every entry of the old checkpoint (found by its name, or a tensor's value in another place), every
-episode, every loss and chart. New entries are allowed. Left out are times, log sizes, and names of runs and paths. The exit
-code is 1 if anything differs.
+episode, every loss and chart; of ppo_rlhf.py also the evaluations, samples and models. New entries are allowed. Left out are
+times, log sizes, and names of runs and paths. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from gymnasium.spaces import Box, Discrete
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_share", "charts/policy_share")
+LOGS = ("metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl")
+TENSORS = ("checkpoint.pt", "models.pt")
 FREE = ("args/run_dir", "args/resume", "script_sha256", "log_sizes", "wandb_id")  # of checkpoints
+TEXTS = "rated.tsv"  # texts with ratings for ppo_rlhf.py, in the folder of a case
 
 MUJOCO: dict[str, list[str]] = {
     "--env": ["Hopper"],
@@ -42,6 +45,20 @@ DEFAULTS: dict[str, dict[str, list[str]]] = {
     "ppo_kl_penalty.py": MUJOCO | {"--num-envs": ["1"]},
     "ppo_shared_params.py": {"--num-envs": ["4"], "--num-steps": ["64"], "--eval-episodes": ["0"], "--eval-deterministic": []},
     "ppo_atari.py": {"--num-envs": ["2"], "--num-steps": ["16"], "--num-threads": ["1"], "--eval-episodes": ["0"]},
+    "ppo_rlhf.py": {
+        "--data": [TEXTS],
+        "--num-envs": ["8"],
+        "--num-steps": ["8"],
+        "--num-minibatches": ["2"],
+        "--update-epochs": ["2"],
+        "--eval-episodes": ["4"],
+        "--eval-every": ["2"],
+        "--vocabulary": ["300"],
+        "--width": ["32"],
+        "--layers": ["1"],
+        "--sft-epochs": ["2"],
+        "--num-comparisons": ["64"],
+    },
 }
 COMPILED = ["", "--num-envs 8 --num-steps 64"]
 BASE = [
@@ -98,6 +115,14 @@ CASES: dict[str, list[str]] = {
         )
     ]
     + ["", "--precision bfloat16"],
+    "ppo_rlhf.py": [
+        "",
+        "--env same_bits:score --value separate --norm-adv minibatch",
+        "--kl-estimator k3 --whiten-rewards --score-clip 1 --no-clip-vloss --target-kl 0.001",
+        "--ptx-coef 0.1 --value-warmup 3 --micro-batch 2 --ent-coef 0.01 --kl-target None",
+        "--head-init torch --reward-pool mean --no-stop-at-eos --temperature 0.7 --precision bfloat16",
+        "--env same_bits:score --no-norm-score --no-eos-score None --norm-adv none --no-clip-policy --num-threads 2",
+    ],
 }
 
 
@@ -140,6 +165,21 @@ register("Noise-v0", Noise)
 register("Masked-v0", Masked)
 
 
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward for ppo_rlhf.py."""
+    return [float(response.count("e")) for response in responses]
+
+
+def write_texts(file: Path):
+    """90 texts, each with three ratings, one for each good and bad word."""
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(90):
+        words = rng.choice(["good", "great", "lovely", "bad", "dull", "sad"], 4)
+        votes = sum(1 if word in ("good", "great", "lovely") else -1 for word in words)
+        lines.append(f"{votes},{votes + 1},{votes - 1}\tthe film is {' and '.join(words)} to me\n")
+    file.write_text("".join(lines))
+
+
 def parse_flags(words: list[str]) -> dict[str, list[str]]:
     """Words of a command line -> the values of each flag; a later flag replaces an earlier one."""
     flags: dict[str, list[str]] = {}
@@ -167,10 +207,11 @@ def run(script: Path, flags: dict[str, list[str]], folder: Path, kill_at: int = 
     command = [sys.executable, str(script), *words]
     if kill_at:
         command = [sys.executable, __file__, "--killed-at", str(kill_at), str(script), *words]
-    path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    environ = dict(os.environ)
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if script.name == "ppo_rlhf.py":  # each version makes its models itself
+        environ["XDG_CACHE_HOME"] = str(folder / "cache" / script.parent.name)
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     if done.returncode != (-9 if kill_at else 0):
         from run import last_words
 
@@ -218,9 +259,10 @@ def bits(leaf: Any) -> tuple:
     return (repr(list(leaf) if isinstance(leaf, tuple) else leaf),)
 
 
-def compare_checkpoints(old_dir: Path, new_dir: Path) -> str:
-    """What of the old checkpoint is not in the new one, first difference only; empty: all is there."""
-    old, new = (flatten(torch.load(d / "checkpoint.pt", map_location="cpu", weights_only=True)) for d in (old_dir, new_dir))
+def compare_tensors(old_dir: Path, new_dir: Path, file: str) -> str:
+    """What of the old file of tensors is not in the new one, first difference only; empty: all is there."""
+    old, new = (flatten(torch.load(d / file, map_location="cpu", weights_only=True)) for d in (old_dir, new_dir))
+    kind = file.removesuffix(".pt")
     places: dict[tuple, list[str]] = {}
     for path, leaf in new.items():
         places.setdefault(bits(leaf), []).append(path)
@@ -231,14 +273,14 @@ def compare_checkpoints(old_dir: Path, new_dir: Path) -> str:
             a, b = (x.double() if isinstance(x, torch.Tensor) else x for x in (leaf, new[path]))
             same_shape = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
             how = f"largest difference {(a - b).abs().max().item():.3g}" if same_shape else f"{a!r:.80} became {b!r:.80}"
-            return f"checkpoint: {path}: {how}"
+            return f"{kind}: {path}: {how}"
         if path.startswith("args/"):
-            return f"checkpoint: the setting {path[5:]} is gone"
+            return f"{kind}: the setting {path[5:]} is gone"
         # a tensor may have moved; a number must have kept its own name, since equal numbers say little
         name = path.rsplit("/", 1)[-1]
         moved = [p for p in places.get(bits(leaf), []) if isinstance(leaf, torch.Tensor) or p.rsplit("/", 1)[-1] == name]
         if not moved:
-            return f"checkpoint: {path} is nowhere in the new one"
+            return f"{kind}: {path} is nowhere in the new one"
     return ""
 
 
@@ -250,7 +292,10 @@ def read_records(file: Path) -> list[dict]:
 
 def compare(old_dir: Path, new_dir: Path) -> str:
     """The first thing that differs between two run directories; empty: none."""
-    for name in ("metrics.jsonl", "episodes.jsonl"):
+    kept = [name for name in (*LOGS, *TENSORS) if (old_dir / name).exists()]  # not all scripts have all of them
+    if gone := [name for name in kept if not (new_dir / name).exists()]:
+        return f"{gone[0]} is gone"
+    for name in (name for name in kept if name in LOGS):
         old, new = read_records(old_dir / name), read_records(new_dir / name)
         for i, (a, b) in enumerate(zip(old, new, strict=False)):
             for key in a:
@@ -258,7 +303,8 @@ def compare(old_dir: Path, new_dir: Path) -> str:
                     return f"{name}: {key} of record {i + 1}: {a[key]} became {b.get(key, 'nothing')}"
         if len(old) != len(new):
             return f"{name}: {len(old)} records became {len(new)}"
-    return compare_checkpoints(old_dir, new_dir)
+    differences = (compare_tensors(old_dir, new_dir, name) for name in kept if name in TENSORS)
+    return next(filter(None, differences), "")
 
 
 def check(old: Path, new: Path, flags: dict[str, list[str]], iterations: int) -> tuple[str, int]:
@@ -267,6 +313,7 @@ def check(old: Path, new: Path, flags: dict[str, list[str]], iterations: int) ->
     flags = {"--checkpoint-every": [str(max(1, iterations // 3))], "--total-timesteps": [str(steps)]} | flags
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        write_texts(folder / TEXTS)
         try:
             run(old, flags | {"--run-dir": ["old"]}, folder)
             run(new, flags | {"--run-dir": ["new"]}, folder)

@@ -77,6 +77,28 @@ def test_what_differs_in_the_logs():
     assert "episodes.jsonl: 2 records became 3" in same_bits.compare(old, write_run("b", CHECKPOINT, episodes=3))
 
 
+def test_what_differs_in_a_run_of_a_language_model():
+    runs = {
+        name: write_run(name, CHECKPOINT) for name in ("old", "same", "evaluated", "sampled", "unevaluated", "models", "gone")
+    }
+    for name, folder in runs.items():
+        kl, text = 2.5 if name == "evaluated" else 1.5, "bad" if name == "sampled" else "good"
+        if name != "unevaluated":
+            (folder / "evaluations.jsonl").write_text(json.dumps({"global_step": 8, "kl": kl}) + "\n")
+        (folder / "samples.jsonl").write_text(json.dumps({"global_step": 8, "response": text}) + "\n")
+        if name != "gone":
+            torch.save({"lm": {"bias": torch.full((2,), 3.0 if name == "models" else 1.0)}}, folder / "models.pt")
+    said = {name: same_bits.compare(runs["old"], folder) for name, folder in runs.items() if name != "old"}
+    assert said == {
+        "same": "",
+        "evaluated": "evaluations.jsonl: kl of record 1: 1.5 became 2.5",
+        "sampled": "samples.jsonl: response of record 1: good became bad",
+        "unevaluated": "evaluations.jsonl is gone",
+        "models": "models: lm/bias: largest difference 2",
+        "gone": "models.pt is gone",
+    }
+
+
 def test_flags_of_a_case_replace_those_of_the_short_run():
     words = ["--num_envs=2", "--observe", "0", "2", "--lstm"]
     flags = {"--num-envs": ["4"], "--env": ["CartPole-v1"]} | same_bits.parse_flags(words)
