@@ -99,6 +99,7 @@ gc.freeze()  # what they loaded stays until the end, so it is never scanned
 
 KIND = "ppo_atari"  # of checkpoints; stays when the file is renamed
 SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+LESS_MEMORY = "lower num_envs or num_steps, or take more minibatches"
 
 
 class UsageError(Exception):
@@ -1760,7 +1761,7 @@ def main():
         if compiler and isinstance(error, compiler.TorchDynamoException):
             reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
         elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
-            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+            reason = f"stopped: out of memory: {LESS_MEMORY}"
         else:
             raise
         print(f"{name}: {reason}", file=sys.stderr)

@@ -93,6 +93,7 @@ from torch.optim.adam import adam as apply_adam
 KIND = "ppo_rlhf"  # of checkpoints; stays when the file is renamed
 SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl")
+LESS_MEMORY = "set micro_batch, or lower num_envs or num_steps"
 BOS, EOS, PAD = 0, 1, 2  # tokens of the tokenizer below; the 256 bytes follow them
 Score = Callable[[list[str], list[str]], list[float]]  # prompts, responses -> a number for each
 
@@ -2408,7 +2409,7 @@ def main():
         if compiler and isinstance(error, compiler.TorchDynamoException):
             reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
         elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
-            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+            reason = f"stopped: out of memory: {LESS_MEMORY}"
         else:
             raise
         print(f"{name}: {reason}", file=sys.stderr)

@@ -105,6 +105,7 @@ warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")  #
 
 KIND = "ppo_shared_params"  # of checkpoints; stays when the file is renamed
 SCRIPT_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+LESS_MEMORY = "lower num_envs or num_steps, or take more minibatches"
 # of an observation or info that holds an action mask; the others say the opposite, and are refused
 MASK_KEYS: tuple[str, ...] = ("action_mask", "legal_action_mask", "action_masks", "legal_actions_mask", "valid_action_mask")
 MASK_KEYS += ("avail_actions", "available_actions", "legal_actions", "valid_actions", "legal_moves", "valid_moves")
@@ -2141,7 +2142,7 @@ def main():
         if compiler and isinstance(error, compiler.TorchDynamoException):
             reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
         elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
-            reason = "stopped: out of memory: lower num_envs or num_steps, or take more minibatches"
+            reason = f"stopped: out of memory: {LESS_MEMORY}"
         else:
             raise
         print(f"{name}: {reason}", file=sys.stderr)
