@@ -3,6 +3,7 @@
 import importlib
 import math
 import random
+import re
 import shutil
 import sys
 import time
@@ -128,6 +129,20 @@ def test_tensorboard_that_is_not_installed_is_one_sentence_before_the_run(script
     with pytest.raises(script.UsageError, match="pip install tensorboard"):
         script.train(tiny(script, tensorboard=True))
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "ppo_rlhf"])
+def test_where_memory_runs_out_the_sentence_names_flags_that_save_it(name, monkeypatch, capsys):
+    script: Any = importlib.import_module(name)
+    monkeypatch.setattr(script, "train", lambda args: torch.empty(2**55))  # torch raises what it does for a large network
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--run-dir", "run"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"{name}.py: stopped: out of memory: {script.LESS_MEMORY}"
+    flags = set(re.findall(r"[a-z]+_[a-z]+", script.LESS_MEMORY))
+    assert flags <= vars(script.Args(run_dir="run")).keys() and len(flags) >= 2
 
 
 @each_script
