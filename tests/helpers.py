@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,34 +111,3 @@ def edited(changes: list[tuple[str, str]], script: Path = SCRIPT) -> ModuleType:
     module = sys.modules["my_ppo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def run_main(words: list[str], stderr: str):
-    """Body of a child process: the command line `ppo_continuous.py words...`."""
-    output = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-    sys.argv = [str(SCRIPT), *words]
-    ppo_continuous.main()
-
-
-class Child:
-    """`ppo_continuous.py words...` in a process of its own, forked from one that has imported everything (in 20 ms)."""
-
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jitted", "envs"])
-
-    def __init__(self, *words, stderr: str = "child.txt"):
-        self.process = self.context.Process(target=run_main, args=([*map(str, words)], os.path.abspath(stderr)))
-        self.process.start()
-
-    def kill(self):
-        self.process.kill()
-        self.process.join()
-
-    def wait(self) -> int:
-        """Exit code."""
-        self.process.join(300)
-        assert self.process.exitcode is not None, "the child did not end"
-        return self.process.exitcode

@@ -5,10 +5,8 @@ import functools
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +38,7 @@ from ppo_atari import (
     make_update,
     to_blocks,
 )
+from warm import CONTEXT, Warm
 
 SCRIPT = Path(ppo_atari.__file__)
 TINY: dict[str, Any] = {
@@ -55,8 +54,6 @@ TINY: dict[str, Any] = {
     "device": "cpu",
     "num_threads": 1,
 }
-forkserver: Any = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["ppo_continuous", "ppo_atari", "envs"])
 
 
 def tiny_args(run_dir: Path | str = "run", **changes) -> Args:
@@ -580,7 +577,7 @@ def test_aux_data_parallel_two_ranks_are_one_process_with_all_their_environments
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [forkserver.Process(target=run_rank, args=(rank, port, os.getcwd())) for rank in (0, 1)]
+    ranks = [CONTEXT.Process(target=run_rank, args=(rank, port, os.getcwd())) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -650,19 +647,6 @@ def test_ranks_are_resumed_by_torchrun(monkeypatch):
 # whole runs
 
 
-def run_child(words: list[str]):
-    """Body of a child process: the command line `ppo_atari.py words...`."""
-    torch.set_num_threads(1)
-    sys.argv = [str(SCRIPT), *words]
-    ppo_atari.main()
-
-
-def start_child(*words) -> Any:
-    process = forkserver.Process(target=run_child, args=([str(word) for word in words],))
-    process.start()
-    return process
-
-
 @pytest.fixture
 def command_line(run_here):
     """Words of `ppo_atari.py words...` -> exit code, stdout, stderr."""
@@ -673,20 +657,17 @@ def test_same_seed_same_numbers_and_a_killed_run_resumes_to_the_last_bit():
     settings = {"total_timesteps": 6 * 16, "checkpoint_every": 2, "env": "Skiing", "max_episode_steps": 2}  # games end
     ppo_atari.train(tiny_args("a", **settings))
     ppo_atari.train(tiny_args("other_seed", seed=2, **settings))
-    child = start_child(*tiny_flags("b", **settings))
+    start = functools.partial(Warm, "ppo_atari", folder=Path("."), stdout="child.txt", stderr="child.txt")
+    child = start(tiny_flags("b", **settings))
     metrics = Path("b/metrics.jsonl")
     deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:  # after iteration 3, whose work is lost
-        assert child.is_alive()
+        assert child.alive()
         assert time.monotonic() < deadline
         time.sleep(0.001)
     child.kill()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
     assert 2 <= read_checkpoint("b")["iteration"] < 6
-    child = start_child("--resume", "b")
-    child.join(300)
-    assert child.exitcode == 0
+    assert start(["--resume", "b"]).wait() == 0, Path("child.txt").read_text()
     a, b, other = (read_checkpoint(run_dir) for run_dir in ("a", "b", "other_seed"))
     for key in a.keys() - {"args", "log_sizes"}:
         assert equal(a[key], b[key]), key

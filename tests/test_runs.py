@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageSequence
 
 import ppo_continuous
-from helpers import SCRIPT, Child, equal, read_checkpoint, read_jsonl, read_metrics, run_script, tiny_args, tiny_flags
+from helpers import SCRIPT, equal, read_checkpoint, read_jsonl, read_metrics, run_script, tiny_args, tiny_flags
 from ppo_continuous import evaluate, load_checkpoint, train
+from warm import Warm
 
 
 @pytest.fixture
@@ -69,10 +70,15 @@ def test_episodic_return_is_the_mean_of_the_last_100_episodes():
     assert result["episodic_return"] != pytest.approx(np.mean(returns), rel=1e-3)
 
 
-def wait_until(condition, child):
+def start(*words) -> Warm:
+    """`ppo_continuous.py words...` in a process of its own, which writes into child.txt."""
+    return Warm("ppo_continuous", [*map(str, words)], Path("."), "child.txt", "child.txt")
+
+
+def wait_until(condition, child: Warm):
     deadline = time.monotonic() + 300
     while not condition():
-        assert child.process.is_alive(), "the run ended before it could be killed"
+        assert child.alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -88,25 +94,24 @@ def test_killed_at_ten_moments_and_resumed(checkpoint_every):
         "total_timesteps": iterations * 32,
         "checkpoint_every": checkpoint_every,
     }
-    assert Child(*tiny_flags("whole", **settings)).wait() == 0
+    assert start(*tiny_flags("whole", **settings)).wait() == 0
     times = [record["charts/seconds"] for record in read_jsonl("whole/metrics.jsonl")[1:]]
     iteration_time = (times[-1] - times[0]) / (iterations - 1)
 
     rng, metrics, reached = random.Random(checkpoint_every), Path("killed/metrics.jsonl"), []
     words = tiny_flags("killed", **settings)
     for kill in range(10):
-        child = Child(*words)
+        child = start(*words)
         if kill == 0:
             wait_until(Path("killed/checkpoint.pt").exists, child)
         target = 2 * kill + rng.choice([0, 1])  # lines of the log to be there before the kill: it goes on from kill to kill
         wait_until(lambda target=target: metrics.read_bytes().count(b"\n") > target, child)
         time.sleep(rng.uniform(0, 1.5 * iteration_time))
         child.kill()
-        assert child.process.exitcode == -signal.SIGKILL
         reached.append(read_checkpoint("killed")["iteration"])
         words = ["--resume", "killed"]
     assert len(set(reached)) >= 3  # the kills hit different parts of the run
-    assert Child("--resume", "killed").wait() == 0, Path("child.txt").read_text()
+    assert start("--resume", "killed").wait() == 0, Path("child.txt").read_text()
 
     whole, killed = read_checkpoint("whole"), read_checkpoint("killed")
     assert killed["iteration"] == iterations
@@ -251,10 +256,9 @@ def test_killed_after_an_extension_a_run_goes_on_to_its_new_end(command_line):
     train(tiny_args("whole"))
     train(tiny_args("run"))
     assert command_line("--resume", "whole", "--total-timesteps", end)[0] == 0
-    child = Child("--resume", "run", "--total-timesteps", end)
+    child = start("--resume", "run", "--total-timesteps", end)
     wait_until(lambda: read_checkpoint("run")["args"]["total_timesteps"] == end, child)
     child.kill()
-    assert child.process.exitcode == -signal.SIGKILL
     assert read_checkpoint("run")["iteration"] < 40
     assert command_line("--resume", "run")[0] == 0
     assert read_checkpoint("run")["iteration"] == 40
@@ -316,10 +320,10 @@ def test_renamed_copy_alone_in_an_empty_directory():
 
 def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on():
     settings = {"total_timesteps": 64 * 1000, "checkpoint_every": 2}
-    child = Child(*tiny_flags("run", **settings))
+    child = start(*tiny_flags("run", **settings))
     wait_until(Path("run/checkpoint.pt").exists, child)
     wait_until(lambda: Path("run/metrics.jsonl").read_bytes().count(b"\n") > 3, child)
-    os.kill(child.process.pid, signal.SIGINT)
+    child.send(signal.SIGINT)
     assert child.wait() == 130
     err = Path("child.txt").read_text()
     said = re.fullmatch(r".*: interrupted after ([\d,]+) steps(.*); go on from step ([\d,]+) with: (.*)", err.splitlines()[-1])
@@ -334,7 +338,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on():
 
     # it can be resumed: to an end that is near
     words = ["--resume", "run", "--total-timesteps", str(64 * (reached + 40))]
-    assert Child(*words).wait() == 0, Path("child.txt").read_text()
+    assert start(*words).wait() == 0, Path("child.txt").read_text()
     assert read_checkpoint("run")["iteration"] == reached + 40
     assert [r["iteration"] for r in read_jsonl("run/metrics.jsonl")[1:]] == list(range(1, reached + 41))
 

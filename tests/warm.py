@@ -73,6 +73,11 @@ class Warm:
     def send(self, number: int):
         os.kill(self.process.pid, number)
 
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL, "it had ended by itself"
+
     def alive(self) -> bool:
         return self.process.is_alive()
 
