@@ -672,11 +672,12 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
             infos.append({key: share * value.detach() for key, value in info.items()})
         return gradient, {key: torch.stack([info[key] for info in infos]).sum() for key in infos[0]}
 
-    def update(theta, adam, batch: Batch, mb_inds, learning_rate, clip_coef, warmup):
+    def update(theta, adam, batch: Batch, mb_inds, learning_rate: float, clip_coef: float, warmup: bool):
         minibatch = Batch(*(x[mb_inds] for x in batch))
         if args.norm_adv == "minibatch":  # [rlhf 07]
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
-        gradient, info = compute_gradient(minibatch, clip_coef)
+        # a scalar on the CPU goes to the kernels of any device by value
+        gradient, info = compute_gradient(minibatch, torch.tensor(clip_coef, dtype=torch.float64))
         if args.world_size > 1:
             gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
         if args.ptx_coef and not warmup:  # [rlhf 33] every rank draws the texts of all and takes its own
@@ -1006,11 +1007,10 @@ def learn(update, theta, adam, batch: Batch, schedule: tuple[float, ...], args: 
 
     schedule: what update takes besides, as it is in this iteration: learning rate, clip range, whether it warms up.
     """
-    hyper = [torch.tensor(x, dtype=torch.float64, device=args.device) for x in schedule]
     infos = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.tokens)).to(args.device)
-        infos += [update(theta, adam, batch, mb_inds, *hyper) for mb_inds in order.split(args.minibatch_size)]
+        infos += [update(theta, adam, batch, mb_inds, *schedule) for mb_inds in order.split(args.minibatch_size)]
         if args.target_kl is not None:  # [aux: target_kl] of the whole epoch, not of its last minibatch
             kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
             if mean_of_ranks(kl, args) > args.target_kl:

@@ -85,12 +85,12 @@ def flat(agent: Agent) -> torch.Tensor:
     return theta
 
 
-def update_once(args: Args, models, agent: Agent, batch: Batch, rate: float = 1e-3, warmup: float = 0) -> torch.Tensor:
+def update_once(args: Args, models, agent: Agent, batch: Batch, rate: float = 1e-3, warmup: bool = False) -> torch.Tensor:
     """Parameters after one update by the whole batch."""
     theta = flat(agent)
     adam = (torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(()))
-    schedule = [torch.tensor(x, dtype=torch.float64) for x in (rate, args.clip_coef, warmup)]
-    ppo_rlhf.make_update(agent, args, models.texts)(theta, adam, batch, torch.arange(len(batch.tokens)), *schedule)
+    update = ppo_rlhf.make_update(agent, args, models.texts)
+    update(theta, adam, batch, torch.arange(len(batch.tokens)), rate, args.clip_coef, warmup)
     return theta
 
 
@@ -500,7 +500,7 @@ def learn_noted(**changes):
         kls.append(info["approx_kl"].item())
         return info
 
-    figures, epochs = ppo_rlhf.learn(noted, theta, adam, batch, (1e-3, args.clip_coef, 0), args)
+    figures, epochs = ppo_rlhf.learn(noted, theta, adam, batch, (1e-3, args.clip_coef, False), args)
     return rows, kls, figures, epochs, batch
 
 
@@ -564,7 +564,7 @@ def test_rlhf_35_warmup_leaves_the_policy_alone():
     args, models, runner, agent = start(value="separate")
     batch, _ = ppo_rlhf.make_batch(agent, runner.play(agent, 1), runner)
     policy, value = ([p.clone() for p in part.parameters()] for part in (agent.lm, agent.value_head))
-    update_once(args, models, agent, batch, warmup=1)
+    update_once(args, models, agent, batch, warmup=True)
     assert all(torch.equal(a, b) for a, b in zip(policy, agent.lm.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(value, agent.value_head.parameters(), strict=True))
 
