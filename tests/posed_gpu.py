@@ -1,19 +1,22 @@
 """Runs the --device cuda path of a script where there is no GPU: python posed_gpu.py SCRIPT.py [flags of the script].
 
 A device named "posed" stands in for CUDA. Its tensors hold their values in CPU memory, but as on a GPU there is an error
-where one is mixed with a CPU tensor of one dimension or more, indexed by one, or asked for its numpy array. Pinned memory
-that is sent without waiting and overwritten before the host waits for the device is an error, too. The last line of stdout
-is a JSON object: kind of transfer or wait -> function of the script -> how often.
+where one is mixed with a CPU tensor of one dimension or more, or asked for its numpy array; also where one is indexed by a
+CPU tensor, which a GPU would wait for. Pinned memory that is sent without waiting and overwritten before the host waits for
+the device is an error, too, and what is fetched without waiting has nonsense in it until then. With --compile the functions
+are not compiled, but called as CUDA graphs would be: see Graph. The last line of stdout is a JSON object: kind of transfer or
+wait -> function of the script -> how often.
 """
 
 import collections
 import importlib.util
 import json
+import math
 import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -25,6 +28,11 @@ SCRIPT = ""  # file of the script that runs
 EVENTS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
 PINNED: dict[int, torch.Tensor] = {}  # address -> tensor, which must stay alive so that its address stays its own
 SENT: list[tuple[torch.Tensor, torch.Tensor]] = []  # pinned memory that the device may still read, and what was in it
+FETCHED: list[tuple[torch.Tensor, torch.Tensor]] = []  # memory of the host that the device will write, and what will be in it
+STATIC: list[torch.Tensor] = []  # tensors that stay where they are in memory, as the script says
+# operations whose result has a size that only the device knows, or that the host reads
+WAIT = {"_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount"}
+WAIT |= {"_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"}
 # a CPU tensor without dimensions goes to the kernel by value
 TAKES_SCALARS = {"add", "sub", "mul", "div", "pow", "where", "clamp", "minimum", "maximum", "lerp", "fill", "copy"}
 TAKES_SCALARS |= {"lt", "gt", "le", "ge", "eq", "ne"}
@@ -84,7 +92,15 @@ def note(kind: str):
     if "waits" in kind:
         if any(not torch.equal(now, sent) for now, sent in SENT):
             raise RuntimeError("pinned memory was overwritten before the device had read it")
+        for to, fetched in FETCHED:
+            to.copy_(fetched)
         SENT.clear()
+        FETCHED.clear()
+
+
+def spoil(x: torch.Tensor):
+    """Nonsense in place of what is not there yet, or no longer."""
+    x.fill_(math.nan if x.is_floating_point() else 1)
 
 
 def move(x: torch.Tensor, device: Any, changes: dict, non_blocking: bool) -> torch.Tensor:
@@ -96,20 +112,75 @@ def move(x: torch.Tensor, device: Any, changes: dict, non_blocking: bool) -> tor
             if asynchronous:
                 SENT.append((x, x.clone()))
         return Posed(inner(x).to(**changes, device="cpu", copy=True))
-    if isinstance(x, Posed):
+    out = inner(x).to(**changes, device="cpu", copy=True)
+    if isinstance(x, Posed) and non_blocking:
+        fetch(out, out.clone())
+    elif isinstance(x, Posed):
         note("to the host, waits")
-    return inner(x).to(**changes, device="cpu", copy=True)
+    return out
+
+
+def fetch(to: torch.Tensor, values: torch.Tensor):
+    """The device will write these values into memory of the host, at the latest when the host waits."""
+    note("to the host")
+    FETCHED.append((to, values))
+    spoil(to)
 
 
 def copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
     """to.copy_(source)."""
+    asynchronous = non_blocking and is_pinned(source if isinstance(to, Posed) else to)
+    if isinstance(source, Posed) and not isinstance(to, Posed) and asynchronous:
+        fetch(to, inner(source).to(to.dtype, copy=True).expand_as(to))
+        return to
     if isinstance(to, Posed) != isinstance(source, Posed):
-        asynchronous = non_blocking and is_pinned(source if isinstance(to, Posed) else to)
         note(f"to the {'device' if isinstance(to, Posed) else 'host'}{'' if asynchronous else ', waits'}")
         if asynchronous:
             SENT.append((source, source.clone()))
     inner(to).copy_(inner(source))
     return to
+
+
+class Graph:
+    """A function that is called as if it were a CUDA graph.
+
+    Its results may be overwritten after the next mark of a step, and are, with nonsense. It is called once between two marks.
+    What it changes in place has to be static, and what is large, too: the rest is copied at every call.
+    """
+
+    made: ClassVar["list[Graph]"] = []
+
+    def __init__(self, f: Any, options: dict[str, Any] | None = None, **_):
+        self.f, self.name, self.results, self.called = f, f.__name__, list[torch.Tensor](), False
+        kinds = [kind for kind in ("triton.cudagraphs", "deterministic") if (options or {}).get(kind)]
+        EVENTS["compiled"][f"{self.name}: {', '.join(kinds)}"] += 1
+        Graph.made.append(self)
+
+    def __call__(self, *args):
+        if self.called:
+            raise RuntimeError(f"{self.name} is called twice without a mark of a step in between")
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Posed)]
+        own = [x for x in inputs if not any(x is marked for marked in STATIC)]
+        if large := [tuple(x.shape) for x in own if x.nbytes > 200_000]:
+            raise RuntimeError(f"{self.name} would copy inputs that are not static: {large}")
+        versions = [x._version for x in own]
+        results = self.f(*args)
+        if changed := [tuple(x.shape) for x, n in zip(own, versions, strict=True) if x._version != n]:
+            raise RuntimeError(f"{self.name} changes inputs that are not static: {changed}")
+        self.results, self.called = [x for x in tree_leaves(results) if isinstance(x, Posed)], True
+        return results
+
+    @staticmethod
+    def mark_step():
+        for graph in Graph.made:
+            for x in graph.results:
+                spoil(x.held)
+            graph.results, graph.called = [], False
+
+
+def masks(indices: Any) -> bool:
+    """Whether one of these indices is a mask, whose number of elements only the device knows."""
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def dispatch(f, args: tuple, kwargs: dict) -> Any:
@@ -131,9 +202,14 @@ def dispatch(f, args: tuple, kwargs: dict) -> Any:
         return copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
     if not on_device and not is_posed(device):
         return run()
-    if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+    # a mask that is given a single number of the host needs no count
+    number = name.startswith("index_put") and not isinstance(args[2], Posed) and args[2].numel() == 1
+    if name in WAIT or (name.startswith("index") and isinstance(args[1], list | tuple) and masks(args[1]) and not number):
         note(f"{name}, waits")
-        return run() if name != "nonzero" else posed(run())
+    if name.startswith("_fused_adam") and isinstance(args[6] if len(args) > 6 else kwargs["lr"], Posed):
+        rate = args[6] if len(args) > 6 else kwargs["lr"]
+        if rate.dtype != torch.float32:
+            raise RuntimeError(f"expected scalar type Float but found {rate.dtype}")
     for x in tensors:
         if on_device and not isinstance(x, Posed) and (x.dim() > 0 or name.rstrip("_") not in TAKES_SCALARS):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has cuda:0 and cpu")
@@ -182,7 +258,11 @@ def pose():
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: 1
-    cuda.set_device, cuda.get_device_name = lambda device: None, lambda device=None: "posed GPU"
+    cuda.get_device_name = lambda device=None: "posed GPU"
+    cuda.set_device = lambda device: EVENTS["device set"].update([str(device)])
+    torch._dynamo.mark_static_address = STATIC.append  # type: ignore[assignment]
+    torch.compiler.cudagraph_mark_step_begin = Graph.mark_step
+    torch.compile = Graph  # type: ignore[assignment, misc]
     save = torch.save
     torch.save = lambda x, *rest, **options: save(tree_map(inner, x), *rest, **options)
 
@@ -195,10 +275,12 @@ def main(path: str, *flags: str):
     sys.modules[Path(SCRIPT).stem] = script
     spec.loader.exec_module(script)  # type: ignore[union-attr]
     pose()
-    eager = ["--no-compile"] if hasattr(script.Args, "compile") else []
+    eager = ["--no-compile"] if hasattr(script.Args, "compile") and "--compile" not in flags else []
     args, _ = script.parse_args(["--device", "cuda", *eager, *flags])
     with Rename(), Dispatch():
         script.train(args)
+    precise = torch.backends.cudnn.deterministic
+    EVENTS["settings"].update([f"products {torch.get_float32_matmul_precision()}", f"cudnn deterministic {precise}"])
     print(json.dumps(EVENTS), flush=True)
 
 

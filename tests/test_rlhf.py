@@ -1422,6 +1422,7 @@ def test_the_path_of_a_gpu_of_language_models(monkeypatch):
     assert posed["args"]["device"] == "cuda"
     assert posed["iteration"] == 3
     torch.testing.assert_close(posed["theta"], cpu["theta"], atol=1e-4, rtol=0)
+    assert [json.loads(Path(run_dir, "evaluation.json").read_text())["problems"] for run_dir in ("posed", "cpu")] == [[], []]
     texts = [[record["response"] for record in read_jsonl(f"{run_dir}/samples.jsonl")] for run_dir in ("posed", "cpu")]
     assert texts[0] == texts[1]
 
