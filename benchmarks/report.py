@@ -194,9 +194,11 @@ def table_shared_mujoco(r: Results) -> str:
 def detail_scores(r: Results, envs) -> dict[str, np.ndarray]:
     """Scores (seeds, tasks) with all details on and with one off, where the random policy is 0 and all on is 1.
 
-    Of the settings that have a whole seed of these tasks; empty if none has, or if a score to compare with is missing.
+    Of the settings that have a whole seed of these tasks; empty if none has, or if a score to compare with is missing. All on
+    are the seeds that all tasks of the suite have, also where envs are some of them.
     """
-    on, low = r.matrix(*BASE, envs), r.random_means(envs)
+    columns = [suites.DETAILS_TASKS.index(env) for env in envs]
+    on, low = r.matrix(*BASE, suites.DETAILS_TASKS)[:, columns], r.random_means(envs)
     off = {s: scores for s in suites.DETAILS if len(scores := r.matrix("details", s, envs))}
     if not off or not len(on) or low is None:
         return {}
@@ -205,7 +207,9 @@ def detail_scores(r: Results, envs) -> dict[str, np.ndarray]:
 
 def table_details(r: Results) -> str:
     scores, envs = detail_scores(r, suites.DETAILS_TASKS), suites.DETAILS_TASKS
-    rows = [[ALL_ON, "", "", *(r.cell(*BASE, env) for env in envs), seeds_text(r.complete_seeds(*BASE, envs))]]
+    whole = r.matrix(*BASE, envs)
+    cells = [with_interval(whole[:, [i]]) if len(whole) else "" for i in range(len(envs))]
+    rows = [[ALL_ON, "", "", *cells, seeds_text(r.complete_seeds(*BASE, envs))]]
     for setting in suites.DETAILS:
         effect = probability = ""
         if setting in scores:

@@ -127,15 +127,15 @@ def table_rlhf_told(r: Results) -> str:
     free = {x: np.array(measured(r, *off, x))[:, 1:] for x in ("vader", "kl")}
     fell = np.array([[fall_of_vader(curve)] for curve in r.groups[off]["curve"]])
     told = f"With {len(ends['score'])} seeds PPO raised the score from {before['score']} to {after['score']}, in deviations of "
-    told += f"the reference's scores, at a KL of {after['kl']} nats. VADER rose from {before['vader']} to {after['vader']}: a "
-    told += "lexicon of sentiment by the authors of the ratings, whose scores the policy never saw. "
+    told += f"the reference's scores, at a KL of {after['kl']} nats. VADER is a lexicon of sentiment by the authors of the "
+    told += f"ratings; the policy never saw its scores. They rose from {before['vader']} to {after['vader']}. "
     new = [i for i, seed in enumerate(r.seeds(*on)) if seed > CHOSEN_WITH]
     if new:
         alone = [with_interval(ends[x][new, 1:], form=form) for x in ("score", "vader", "kl")]
         told += f"The KL target was chosen with seeds 1 to {CHOSEN_WITH} known; the others alone: score {alone[0]}, VADER "
         told += f"{alone[1]}, KL {alone[2]}. "
-    told += f"The texts became more alike: distinct pairs of words fell from {before['distinct_2']} to "
-    told += f"{after['distinct_2']} of all. Without the penalty ({len(fell)} seeds) the KL reached "
+    told += f"The texts became more alike: the share of distinct pairs of words fell from {before['distinct_2']} to "
+    told += f"{after['distinct_2']}. Without the penalty ({len(fell)} seeds) the KL reached "
     told += f"{with_interval(free['kl'], form=form)}. VADER ended at {with_interval(free['vader'], form=form)}, "
     told += f"{with_interval(fell, form=form)} below its highest value. VADER with the penalty minus that without is "
     told += f"{difference(ends['vader'][:, 1:], free['vader'], form)} ({len(ends['vader'])} and {len(fell)} seeds)."

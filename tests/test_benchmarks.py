@@ -1167,6 +1167,20 @@ def test_effect_of_details(tmp_path):
     assert f"| {better} | +0.05 [+0.05, +0.05] | 1.00 [1.00, 1.00] |" in text
 
 
+def test_effect_of_details_is_the_mean_of_the_points_in_the_plot(tmp_path):
+    """Also where one task has more seeds with all details on than the others."""
+    fake_random(tmp_path, 0.0)
+    on = {"HalfCheetah": 100, "Hopper": 200, "Walker2d": 50}
+    fake_results(tmp_path, "base", ["default"], on, (1, 2, 3), lambda s, env, seed: on[env])
+    fake_results(tmp_path, "base", ["default"], {"HalfCheetah": 0}, (4, 5), lambda s, env, seed: 700)
+    worse = next(iter(suites.DETAILS))
+    fake_results(tmp_path, "details", [worse], on, (1, 2), lambda s, env, seed: on[env] / 2)
+    data = report.details_data(report.Results(tmp_path))
+    assert data["effects"][worse]["mean"] == -0.5
+    assert [data["tasks"][env][worse] for env in on] == [[0.5, 0.5]] * 3
+    assert "| 100 [100, 100] | 200 [200, 200] | 50.0 [50.0, 50.0] | 1, 2, 3 |" in report.table_details(report.Results(tmp_path))
+
+
 def test_table_of_the_kl_penalty(tmp_path):
     """Of the updates only those after the first tenth of training count."""
     fake_random(tmp_path, 10.0)

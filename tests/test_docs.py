@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("ppo_*.py"))}
 DOCUMENTS = ["README.md", "DETAILS.md", "benchmarks/README.md", "benchmarks/RESULTS.md"]
 DOCUMENTS += [f"{path.relative_to(ROOT)}" for path in sorted([*ROOT.glob("ppo_*.py"), *ROOT.glob("benchmarks/*.py")])]
+MARKDOWN = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")]
 COMMAND = re.compile(r"(?:\bpython3?|\buv run|\btorchrun\b[^`\n]*?)\s((?:benchmarks/)?[a-z]\w*\.py)\b([^`\n]*)")
 
 
@@ -237,3 +238,19 @@ def test_code_in_the_readme_runs(tmp_path, monkeypatch):
     names: dict[str, Any] = {"observations": np.zeros((3, 17))}
     exec(code, names)
     assert names["actions"].shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "document", sorted(path.name if path.parent == ROOT else f"benchmarks/{path.name}" for path in MARKDOWN)
+)
+def test_tables_and_lists_are_lines_of_their_own(document):
+    """A text that was wrapped anew must not swallow them."""
+    lines = (ROOT / document).read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        assert not re.search(r"\S.*\|\s*:?---", line) or re.fullmatch(r"\s*\|[\s:|-]+\|", line), f"{document}:{number}: {line}"
+        assert not re.search(r"\S - \*\*", line), f"{document}:{number}: {line}"
+        if line.lstrip().startswith("|"):
+            before, after = lines[number - 2].lstrip(), (lines[number : number + 1] or [""])[0].lstrip()
+            first = not before.startswith("|")
+            assert not first or re.fullmatch(r"\|[\s:|-]+\|", after), f"{document}:{number}: a table without a head: {line}"
+            assert first or line.count("|") == lines[number - 2].count("|"), f"{document}:{number}: other columns: {line}"
