@@ -23,7 +23,8 @@ def run_task(task: dict) -> tuple[list[dict] | None, str]:
         folder = runs_dir / suites.slug(run.suite)
         lock = runner.take_lock(folder / f"{run.name}.lock")  # of the node: that of the suite is held by the driver alone
         runner.check_disk(folder)
-        command, run_dir = runner.make_command(run, runs_dir, sys.executable, task["peer_python"], task["threads"])
+        paths = runs_dir, sys.executable, task["peer_python"]
+        command, run_dir = runner.make_command(run, *paths, task["threads"], task["gpu"])
         log = run_dir.with_name(run_dir.name + ".log")
         with open(log, "ab") as output:
             code = subprocess.run(
@@ -74,7 +75,7 @@ def run_on_ray(waiting: deque[suites.Run], options: argparse.Namespace, progress
 
     def submit(run: suites.Run):
         task = {"run": vars(run), "runs_dir": str(options.runs_dir), "threads": options.cores_per_run}
-        return remote.remote(task | {"peer_python": options.peer_python})
+        return remote.remote(task | {"peer_python": options.peer_python, "gpu": bool(options.gpus)})
 
     pending = {submit(run): run for run in waiting}
     waiting.clear()

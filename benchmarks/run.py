@@ -64,8 +64,10 @@ def steps_of(run: suites.Run) -> float:
     return int(found.group(1)) if found else math.nan
 
 
-def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | None, threads: int) -> tuple[list[str], Path]:
-    """Command that starts a run or goes on with it, and its run directory.
+def make_command(
+    run: suites.Run, runs: Path, python: str, peer_python: str | None, threads: int, gpu: bool = False
+) -> tuple[list[str], Path]:
+    """Command that starts a run or goes on with it, and its run directory. On a GPU that is not there the script refuses.
 
     The text of the script is copied first, so that a run goes on with the text it began with, whatever is edited.
     """
@@ -94,6 +96,7 @@ def make_command(run: suites.Run, runs: Path, python: str, peer_python: str | No
         os.replace(temporary, plan_file)
     command = [str(peer_python if run.peer else python), str(folder / plan["script"])]
     own = [] if run.peer or "num_threads" in run.flags else ["--num-threads", str(threads)]
+    own += ["--device", "cuda"] if gpu and not run.peer and "device" not in run.flags else []
     if (run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(run_dir), *own], run_dir
     shutil.rmtree(run_dir, ignore_errors=True)  # cut before its first checkpoint, or without any
@@ -235,7 +238,8 @@ def run_here(waiting: deque[suites.Run], options: argparse.Namespace, progress: 
                 run = waiting[0]
                 try:
                     check_disk(options.runs_dir)
-                    command, run_dir = make_command(run, options.runs_dir, sys.executable, options.peer_python, width)
+                    paths = options.runs_dir, sys.executable, options.peer_python
+                    command, run_dir = make_command(run, *paths, width, gpu=bool(options.gpus))
                     log = run_dir.with_name(run_dir.name + ".log")
                     output = open(log, "ab")
                 except RunnerError as error:
@@ -332,7 +336,8 @@ def execute(runs: list[suites.Run], options: argparse.Namespace) -> int:
     jobs = jobs_at_a_time(options)
     seconds = expected_seconds(left, options.results_dir) / max(min(jobs, len(left)), 1)
     where = f"on the Ray cluster {options.ray}" if options.ray else f"{jobs} at a time"
-    print(f"{len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} left, {where}, expected time {clock(seconds)}")
+    expected = f"expected time {clock(seconds)}{' (by the speed of CPUs)' if options.gpus and left else ''}"
+    print(f"{len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} left, {where}, {expected}")
     tell_slow_bfloat16(left, options)
     if not options.go:
         for run in left:
@@ -426,7 +431,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--cores-per-run", type=int, help="cores that a run is pinned to; default: 1, or all shared out with --gpus"
     )
     parser.add_argument("--gpus", help="GPUs to share out, such as 0,1")
-    parser.add_argument("--runs-per-gpu", type=int, default=1, help="with --gpus: runs that share a GPU")
+    parser.add_argument(
+        "--runs-per-gpu", type=int, default=1, help="with --gpus: runs that share a GPU, but no more than there are cores"
+    )
     parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: local, auto, or an address")
     parser.add_argument("--peer-python", help="Python with Stable-Baselines3 and sb3-contrib, for figure3 and peer")
     parser.add_argument("--name", help="sweep: name of its results; default: sweep_<script>")

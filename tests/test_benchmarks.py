@@ -852,6 +852,14 @@ def test_runs_of_suites_of_language_models_evaluate(tmp_path):
         assert ("--eval-episodes" in command) == flag, suite
 
 
+def test_a_run_on_a_gpu_asks_for_it(repo):
+    """So that it is refused where there is none, and not run on the CPU without a word."""
+    for words, gpu, devices in (([], False, []), ([], True, ["cuda"]), (["--device", "cpu"], True, ["cpu"])):
+        runs = suites.make_sweep("s", "ppo_continuous.py", ["--env", "A", *words])
+        command, _ = run.make_command(runs[0], repo / "runs", "python", None, 1, gpu)
+        assert [command[i + 1] for i, word in enumerate(command) if word == "--device"] == devices
+
+
 def test_default_steps_are_read_or_unknown(repo, monkeypatch):
     monkeypatch.setattr(run, "ROOT", repo)
     for text, steps in (("total_timesteps: Steps = 1_500_000  # 3", 1_500_000), ("total_timesteps: int = int(1e6)", None)):
