@@ -793,7 +793,9 @@ def train(args: Args) -> dict:
         updates = run.checkpoint["updates"]
     run.open(state_dict(), agent if args.compile else None)
     slow = args.precision == "bfloat16" and args.device == "cpu" and not bfloat16_unit()
-    say(f"{'warning: ' * slow}{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
+    say(f"{args.world_size} rank(s); {describe_cpu() if args.device == 'cpu' else 'GPUs are untested'}")
+    if slow:
+        say("warning: leave out --precision bfloat16, which is slow here")
     agent.load(theta)
     mark_static(args, theta, *adam, *runner.memory)
     act, (compute_gradient, adam_step) = make_act(agent, args), make_update(agent, args)
@@ -1015,16 +1017,19 @@ def set_up_torch(args: Args):
 
 def bfloat16_unit() -> str:
     """Unit of this CPU that multiplies bfloat16; empty if it has none, which with AVX2 takes ten times as long as float32."""
-    can = torch.cpu.get_capabilities()
-    return "AMX" if can.get("amx_bf16") else "avx512_bf16" if can.get("avx512_bf16") else ""
+    can, units = torch.cpu.get_capabilities(), {"amx_bf16": "AMX", "avx512_bf16": "avx512_bf16", "bf16": "bf16"}  # bf16: of ARM
+    return next((unit for name, unit in units.items() if can.get(name)), "")
 
 
 def describe_cpu() -> str:
     """What the CPU at hand can do for --precision bfloat16."""
-    gain = "with which --precision bfloat16 is 1.4 to 2.1 times as fast as float32"
-    loss = "no instructions for bfloat16: leave out --precision bfloat16, which with AVX2 takes ten times as long"
+    told = {
+        "": "no instructions for bfloat16, which with AVX2 takes ten times as long as float32",
+        "bf16": "bf16 (not measured)",
+    }
     unit = bfloat16_unit()
-    return f"this CPU has {torch.backends.cpu.get_cpu_capability()} and {f'{unit}, {gain}' if unit else loss}"
+    gain = f"{unit}, with which --precision bfloat16 is 1.4 to 2.1 times as fast as float32"
+    return f"this CPU has {torch.backends.cpu.get_cpu_capability()} and {told.get(unit, gain)}"
 
 
 def make_agent(args: Args, spaces: Spaces) -> Agent:
@@ -1352,8 +1357,9 @@ class Run:
         torch.save(checkpoint, data)
         write_atomically(self.dir / "checkpoint.pt", data.getvalue())
         if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
-            few = f"no episode ended within {self.args.checkpoint_every * self.args.num_steps} steps"
-            say(f"warning: {few}, after which environments start afresh: raise --checkpoint-every")
+            steps = (state["global_step"] - self.saved_step) * self.args.num_steps // self.args.batch_size
+            flags = "--checkpoint-every" + " and --checkpoint-minutes" * math.isfinite(self.args.checkpoint_minutes)
+            say(f"warning: no episode ended within {steps} steps, after which environments start afresh: raise {flags}")
         self.saved_step, self.saved_time, self.ended_since_save = state["global_step"], time.perf_counter(), 0
 
     def how_to_go_on(self, step: int) -> str:
@@ -1378,10 +1384,11 @@ class Run:
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
         score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
+        speed = f", {result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
+        speed = f", {result['sps']:.0f} steps/s ({speed[2:]})" if result["sps"] else speed
         print(
-            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
-            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s{speed} "
+            f"on {args.num_threads} thread(s)",
             flush=True,
         )
         runner.envs.close()  # before another is made: some simulators allow one instance

@@ -2066,8 +2066,9 @@ class Run:
         torch.save(checkpoint, data)
         write_atomically(self.dir / "checkpoint.pt", data.getvalue())
         if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
-            few = f"no episode ended within {self.args.checkpoint_every * self.args.num_steps} steps"
-            say(f"warning: {few}, after which environments start afresh: raise --checkpoint-every")
+            steps = (state["global_step"] - self.saved_step) * self.args.num_steps // self.args.batch_size
+            flags = "--checkpoint-every" + " and --checkpoint-minutes" * math.isfinite(self.args.checkpoint_minutes)
+            say(f"warning: no episode ended within {steps} steps, after which environments start afresh: raise {flags}")
         self.saved_step, self.saved_time, self.ended_since_save = state["global_step"], time.perf_counter(), 0
 
     def how_to_go_on(self, step: int) -> str:
@@ -2092,10 +2093,11 @@ class Run:
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
         score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-        speed = f"{result['sps']:.0f} steps/s " if result["sps"] else ""
+        speed = f", {result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
+        speed = f", {result['sps']:.0f} steps/s ({speed[2:]})" if result["sps"] else speed
         print(
-            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s, {speed}"
-            f"({result['sps_with_startup']:.0f} steps/s with start-up) on {args.num_threads} thread(s)",
+            f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s{speed} "
+            f"on {args.num_threads} thread(s)",
             flush=True,
         )
         result["evaluation"] = evaluate(args, load_checkpoint(self.dir)[0], runner.models) if args.eval_episodes else {}

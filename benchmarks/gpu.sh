@@ -3,8 +3,8 @@
 #   bash benchmarks/gpu.sh first                        smoke of all scripts, gpu tests, steps/s at N = 8, 128, 1024
 #   bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000        starts the games, or goes on; they stay running
 #   STOP=1 bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000   the same, but ends them: the last command of a loan
-# Needs Python 3.12 with torch and numpy, and what the scripts import besides; where that is missing, SITE names a folder that
-# has it. OUT: results and checkpoints, in at most PARTS (4) parts of 16 MB; IN: the OUT of the machine before, to go on from.
+# Needs Python 3.12 with torch and numpy, and what the scripts import besides; for the tests pytest, pytest-xdist and hypothesis.
+# Where that is missing, SITE names a folder that has it. OUT: results and checkpoints, in at most PARTS (4) parts of 16 MB; IN: the OUT of the machine before, to go on from.
 # A game that was ended goes on from its last checkpoint; these are EVERY (200) iterations apart.
 # Dry run without a GPU: DEVICE=cpu TINY=1 PY=python bash benchmarks/gpu.sh first
 set -uo pipefail
@@ -20,7 +20,7 @@ cd "$root" || exit 1
 left() { echo $((LIMIT - SECONDS)); }
 say() { echo "[$SECONDS s] $*"; }
 # a command with a time limit in seconds, its output in a file
-try() { timeout -k 5 "$1" "${@:3}" >"$OUT/$2" 2>&1 || { say "FAILED ($?): ${*:3}"; tail -n 3 "$OUT/$2"; return 1; }; }
+try() { timeout -k 5 "$1" "${@:3}" >"$2" 2>&1 || { say "FAILED ($?): ${*:3}"; tail -n 3 "$2"; return 1; }; }
 
 first() {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || say "no GPU"
@@ -29,22 +29,22 @@ first() {
   local short="--device $DEVICE --num-threads $((cores > 4 ? cores / 4 : 1)) --eval-episodes 1 --run-dir $work/runs/smoke"
   local steps=4096
   [ -n "$TINY" ] && short="--no-compile --num-envs 2 --num-steps 16 --num-minibatches 2 $short" steps=64
-  try 240 smoke_continuous.txt $PY ppo_continuous.py --env HalfCheetah --total-timesteps $steps ${short}_continuous &
+  try 240 "$OUT/smoke_continuous.txt" $PY ppo_continuous.py --env HalfCheetah --total-timesteps $steps ${short}_continuous &
   local waited=$!
-  try 240 smoke_kl.txt $PY ppo_kl_penalty.py --env Hopper --total-timesteps $steps ${short}_kl &
+  try 240 "$OUT/smoke_kl.txt" $PY ppo_kl_penalty.py --env Hopper --total-timesteps $steps ${short}_kl &
   waited+=" $!"
-  try 240 smoke_shared.txt $PY ppo_shared_params.py --total-timesteps $steps ${short}_shared &
+  try 240 "$OUT/smoke_shared.txt" $PY ppo_shared_params.py --total-timesteps $steps ${short}_shared &
   waited+=" $!"
-  try 240 smoke_atari.txt $PY ppo_atari.py --total-timesteps $steps --eval-steps 200 ${short}_atari &
+  try 240 "$OUT/smoke_atari.txt" $PY ppo_atari.py --total-timesteps $steps --eval-steps 200 ${short}_atari &
   waited+=" $!"
   for pid in $waited; do wait "$pid" || failed=1; done
   # texts and a reward of its own, because the built-in data come from the network
   for i in {1..90}; do echo "This is the text of number $i, and it is $([ $((i % 2)) = 0 ] && echo fine || echo poor)."; done >"$work/texts.txt"
   printf 'def score(prompts, responses):\n    return [float(r.count("e")) for r in responses]\n' >"$work/letters.py"
-  PYTHONPATH=$PYTHONPATH:$work try 240 smoke_rlhf.txt $PY ppo_rlhf.py --env letters:score --data "$work/texts.txt" --vocabulary 300 \
+  PYTHONPATH=$PYTHONPATH:$work try 240 "$OUT/smoke_rlhf.txt" $PY ppo_rlhf.py --env letters:score --data "$work/texts.txt" --vocabulary 300 \
     --width 32 --layers 1 --sft-epochs 2 --num-envs 8 --num-steps 8 --num-minibatches 2 --total-timesteps 128 --eval-episodes 4 \
     --device "$DEVICE" --run-dir "$work/runs/smoke_rlhf" || failed=1
-  for log in "$OUT"/smoke_*.txt; do say "$(basename "$log"): $(tail -n 1 "$log" | cut -c1-150)"; done
+  for log in "$OUT"/smoke_*.txt; do say "$(basename "$log"): $(grep -a ", seed 1: " "$log" | tail -n 1 | cut -c1-150)"; done
   say "gpu tests"
   local marked="gpu" code limit
   [ -n "$TINY" ] && marked="gpu and slow"  # none
@@ -70,9 +70,9 @@ first() {
       [ -n "$TINY" ] && iterations=3
       [ "$(left)" -lt 150 ] && { say "no time for N = $n, $precision"; continue; }
       rm -rf "$work/runs/speed"
-      TORCH_LOGS=perf_hints try 110 speed.log $PY ppo_atari.py --device "$DEVICE" --num-envs $n --num-steps $t --precision $precision \
+      TORCH_LOGS=perf_hints,cudagraphs try 110 "$work/speed.log" $PY ppo_atari.py --device "$DEVICE" --num-envs $n --num-steps $t --precision $precision \
         --total-timesteps $((iterations * n * t)) --eval-episodes 0 --run-dir "$work/runs/speed" ${TINY:+--no-compile} || failed=1
-      if grep -hiE "skipping cudagraphs|runs uncompiled" "$OUT/speed.log" | sort -u | sed -n 1,3p | tee -a "$OUT/speed.txt" | grep .; then
+      if grep -hiE "skipping cudagraph|nodes, non-cudagraphable|runs uncompiled" "$work/speed.log" | sort -u | sed -n 1,3p | tee -a "$OUT/speed.txt" | grep .; then
         failed=1
       fi
       $PY - "$work/runs/speed/metrics.jsonl" "N = $n, T = $t, $precision" <<'P' | tee -a "$OUT/speed.txt"

@@ -348,9 +348,12 @@ def test_restarts_that_leave_no_time_for_an_episode_are_reported(command_line):
     short = {"env": "envs:ConstantReward-v0", "num_steps": 4, "total_timesteps": 4 * 8, "checkpoint_every": 1}
     code, _, err = command_line(*tiny_flags("short", **short))
     assert code == 0
-    assert err.count("warning: no episode ended within 4 steps, after which environments start afresh: raise --ch") == 3
+    told = "warning: no episode ended within 4 steps, after which environments start afresh: raise --checkpoint-every"
+    assert err.count(f"{told}\n") == 3
     code, _, err = command_line(*tiny_flags("long", **short | {"checkpoint_every": 3}))
     assert "no episode ended" not in err
+    code, _, err = command_line(*tiny_flags("clock", **short | {"checkpoint_every": 3, "checkpoint_minutes": 1e-9}))
+    assert err.count(f"{told} and --checkpoint-minutes\n") == 3
 
 
 def test_wandb_offline():
