@@ -676,8 +676,7 @@ def make_update(agent: Agent, args: Args, texts: list[list[int]]):
         minibatch = Batch(*(x[mb_inds] for x in batch))
         if args.norm_adv == "minibatch":  # [rlhf 07]
             minibatch = minibatch._replace(advantage=normalize_advantages(minibatch.advantage, minibatch.valid))
-        # a scalar on the CPU goes to the kernels of any device by value
-        gradient, info = compute_gradient(minibatch, torch.tensor(clip_coef, dtype=torch.float64))
+        gradient, info = compute_gradient(minibatch, torch.tensor(clip_coef, dtype=torch.float64))  # goes by value
         if args.world_size > 1:
             gradient = average_gradient(gradient, minibatch.valid)  # [rlhf 31] [aux: data_parallel]
         if args.ptx_coef and not warmup:  # [rlhf 33] every rank draws the texts of all and takes its own

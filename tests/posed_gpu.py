@@ -151,7 +151,7 @@ class Graph:
     made: ClassVar["list[Graph]"] = []
 
     def __init__(self, f: Any, options: dict[str, Any] | None = None, **_):
-        self.f, self.name, self.results, self.called = f, f.__name__, list[torch.Tensor](), False
+        self.f, self.name, self.results, self.called = f, f.__name__, list[Posed](), False
         kinds = [kind for kind in ("triton.cudagraphs", "deterministic") if (options or {}).get(kind)]
         EVENTS["compiled"][f"{self.name}: {', '.join(kinds)}"] += 1
         Graph.made.append(self)
