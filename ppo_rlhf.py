@@ -179,7 +179,7 @@ class Args:
     kl_estimator: Literal["k1", "k3"] = "k1"
     # [rlhf 04] steer beta towards this KL of a response, nats; a short run may not come so far; None: beta stays
     kl_target: OptionalLimit = 10.0
-    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20 %, above num_envs / 5 times ranks
+    kl_horizon: Positive = 1_000  # [rlhf 04] responses in which beta can grow by 20%, more than a fifth of an iteration's
     max_kl: OptionalLimit = None  # [rlhf 34] end the run when the KL of a response exceeds this, nats
     norm_score: bool = True  # [rlhf 05] scores to mean 0 and deviation 1 on responses of the reference
     score_clip: Limit = math.inf  # [rlhf 32] scores limited to +-this, above 0; inf: off
@@ -2371,6 +2371,11 @@ def read_before(args: Args) -> tuple[dict[str, float], list[str]]:
         return {}, []
 
 
+def printable(text: str) -> str:
+    """A model of bytes may write what would control the terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def tell_evaluation(args: Args, evaluation: dict):
     """The closing lines, with what was measured and answered before the training; exit code 1 where something is missing."""
     if evaluation["problems"]:
@@ -2381,7 +2386,8 @@ def tell_evaluation(args: Args, evaluation: dict):
     for name in [name for name in evaluation if not before and isinstance(evaluation[name], float)]:
         print(f"{name:>13}: {evaluation[name]:z8.3f}")
     for i, (prompt, answer, _) in enumerate(evaluation["samples"][:5]):
-        print(f"\n  {prompt}|" + (f"\n    before: {responses[i]}" if i < len(responses) else "") + f"\n    after:  {answer}")
+        untrained = f"\n    before: {printable(responses[i])}" if i < len(responses) else ""
+        print(f"\n  {printable(prompt)}|{untrained}\n    after:  {printable(answer)}")
 
 
 def main():

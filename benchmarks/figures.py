@@ -38,7 +38,9 @@ def draw_table1(data: dict, plt):
         for left, *score in zip(x, mean, low, high, strict=True):
             if score[0] < TABLE1_BOTTOM:
                 text = f" {number(score[0])}{brackets(*score[1:])}"
-                axis.text(round(left) + 0.4, TABLE1_BOTTOM + 0.03 + 0.09 * i, text)  # beside all bars of the setting
+                place = (round(left) + 0.45, TABLE1_BOTTOM + 0.03 + 0.09 * i)  # beside all bars of the setting
+                line = {"arrowstyle": "->", "lw": 0.8, "relpos": (0, 0.5), "shrinkB": 0}
+                axis.annotate(text, (left, TABLE1_BOTTOM + 0.05 + 0.09 * i), place, arrowprops=line)
     axis.axhline(0, color="black", lw=0.8)
     if axis.get_ylim()[0] < TABLE1_BOTTOM:
         axis.set_ylim(TABLE1_BOTTOM, 1.05)

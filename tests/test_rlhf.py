@@ -1430,6 +1430,14 @@ def test_the_path_of_a_gpu_of_language_models(monkeypatch):
 # bad input
 
 
+def test_samples_cannot_control_the_terminal(capsys):
+    samples = [("a prompt", "caf\u00e9 \x1b[2Jgone\r\x01\n", 1.0)]
+    ppo_rlhf.tell_evaluation(tiny("nothing"), {"problems": [], "score": 1.5, "samples": samples})
+    out = capsys.readouterr().out
+    assert "after:  caf\u00e9 \ufffd[2Jgone\ufffd\ufffd\ufffd\n" in out
+    assert "score:    1.500" in out
+
+
 def write_function(body: str):
     Path("own.py").write_text(f"def score(prompts, responses):\n    {body}\n")
     sys.modules.pop("own", None)
