@@ -28,7 +28,7 @@ from ppo_rlhf import BOS, EOS, GPT, PAD, Agent, Args, Batch, NonFiniteError, Rew
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import exact
 
-from test_posed_gpu import run_posed
+from test_posed_gpu import IN_A_MINIBATCH, run_posed, waits_in
 
 GOOD, BAD = ("good", "great", "lovely", "funny"), ("bad", "dull", "awful", "sad")
 TINY = {
@@ -1417,6 +1417,7 @@ def test_the_path_of_a_gpu_of_language_models(monkeypatch):
     flags += " --num-comparisons 64 --ptx-coef 1 --value separate --value-warmup 1 --target-kl 1 --run-dir"
     done = run_posed(script, f"{flags} posed")
     assert done.returncode == 0, done.stderr
+    assert not IN_A_MINIBATCH & waits_in(done).keys()
     subprocess.run([sys.executable, str(script), *flags.split(), "cpu"], check=True, capture_output=True)
     posed, cpu = read_checkpoint("posed"), read_checkpoint("cpu")
     assert posed["args"]["device"] == "cuda"
