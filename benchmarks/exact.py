@@ -88,6 +88,7 @@ def measure(runner: Runner, agent: Agent) -> tuple[dict[str, float], list]:
 
 def main(words: list[str]):
     replaced: dict[str, Any] = {"load_models": make_models, "make_score": make_score, "make_vader": lambda: None}
+    replaced["__doc__"] = __doc__  # for --help
     kept = {name: getattr(ppo_rlhf, name) for name in replaced}, ppo_rlhf.Runner.evaluate
     try:
         for name, replacement in replaced.items():
