@@ -1300,7 +1300,8 @@ def test_readme_tells_of_language_models_what_was_run(tmp_path):
         fake_results(tmp_path, "rlhf-human", [setting], ["human"], (1, 2), lambda *_: 0, args, lambda *_, c=course: c)
     text = " ".join(report_rlhf.table_rlhf_told(report.Results(tmp_path)).split())
     assert text.startswith("With 2 seeds PPO raised the score from 0.00 to 4.00 [4.00, 4.00], in deviations")
-    assert "at a KL of 20.00 [20.00, 20.00] nats. VADER rose from 0.20 to 0.60 [0.60, 0.60]: a lexicon of sentiment" in text
+    assert "at a KL of 20.00 [20.00, 20.00] nats. VADER is a lexicon" in text
+    assert "never saw its scores. They rose from 0.20 to 0.60 [0.60, 0.60]. The texts" in text
     assert "the others alone" not in text
     assert "reached 80.00 [80.00, 80.00]. VADER ended at 0.30 [0.30, 0.30], 0.20 [0.20, 0.20] below its highest value" in text
     assert "minus that without is 0.30 [0.30, 0.30] (2 and 2 seeds). The reward models (2 seeds)" in text
