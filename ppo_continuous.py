@@ -45,7 +45,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -317,7 +316,7 @@ def numpy_policy(agent: Agent):
     """
     activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layers: list[Any] = []
-    for module in agent.actor.modules():
+    for _, module in agent.actor.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Sequential):
             continue  # its parts follow
         if isinstance(module, nn.Linear):
@@ -326,7 +325,7 @@ def numpy_policy(agent: Agent):
         elif type(module) in activations:
             layers.append(activations[type(module)])
         else:
-            raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
+            raise UsageError(f"numpy_policy does not know {type(module).__name__}: write its forward pass there")
     if not all(np.isfinite(x).all() for layer in layers if type(layer) is tuple for x in layer):
         raise NonFiniteError("the parameters of the policy are not finite")
     std = None if agent.log_std is None else np.exp(agent.log_std.detach().cpu().numpy())
@@ -345,10 +344,20 @@ def numpy_policy(agent: Agent):
 
     def learning(obs: torch.Tensor):  # the same, as the update computes it
         mean, std = agent.policy(obs)
-        return mean, std, agent(obs, mean).logprob
+        new = agent(obs, mean)
+        check_value(new, agent.value(obs))
+        return mean, std, new.logprob
 
     check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
+
+
+def check_value(new: Output, value: torch.Tensor):
+    """UsageError where Agent.forward has other values than Agent.value, which values the last observation of a rollout."""
+    if not torch.allclose(new.value, value, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise UsageError(
+            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
+        )
 
 
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
@@ -357,7 +366,7 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
     try:
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
-    except (ValueError, RuntimeError) as error:  # shapes that do not fit
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # shapes that do not fit, another kind of layer
         raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
     try:
         with np.errstate(all="ignore"):
@@ -366,7 +375,8 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
             acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
             largest = np.abs(learned).max(axis=1, keepdims=True)
             close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
-        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+        # a large observation may overflow, but then it does so in both
+        same = close[np.isfinite(learned).all(axis=1)].all() and not (np.isnan(learned) & np.isfinite(acted)).any()
     except ValueError:  # as above
         same = False
     if not same:
@@ -574,7 +584,7 @@ class Runner:
             mean, std = policy(obs[t])
             actions[t] = action = mean + std * noise[t]
             if args.clip_actions:
-                action = np.minimum(np.maximum(action, low), high)  # [detail 27] half the time of np.clip
+                action = np.minimum(np.maximum(action, low), high)  # [detail 27] half the time of np.clip; as in make_policy
             step = step_envs(action.reshape(shape).astype(box.dtype, copy=False))
             next_obs, rewards[t], self.terminated[t], self.truncated[t] = step
             raw_obs[t + 1] = flatten_obs(next_obs, space)
@@ -1144,6 +1154,19 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
+def storable(value: Any, name: str = "state") -> Any:
+    """A value as a checkpoint can hold it, without numpy's numbers; UsageError where it is another object."""
+    if isinstance(value, dict):
+        return {key: storable(x, f"{name}[{key!r}]") for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(storable(x, f"{name}[{i}]") for i, x in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, torch.Tensor | int | float | str | None):
+        raise UsageError(f"{name} is of type {type(value).__name__}: a checkpoint holds tensors, numbers and texts")
+    return value
+
+
 def write_atomically(file: Path, data: bytes):
     """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
     temporary = file.with_suffix(".tmp")
@@ -1192,13 +1215,17 @@ def describe_run(args: Args) -> dict:
 
 
 def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
-    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
-    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    """Settings, and numbers and texts of a network and of this file: a compiled function would keep the first ones."""
+    owners: dict[str, Any] = {"args.": vars(args)}
+    if network is not None:
+        owners |= {f"agent.{name}.".replace("..", "."): vars(module) for name, module in network.named_modules()}
+        owners |= {f"{type(network).__name__}.": vars(type(network)), "": globals()}
+    kinds = int | float | str | tuple | list | dict | None
     return {
-        f"{owner}.{name}": repr(value)
+        f"{owner}{name}": repr(value)
         for owner, holder in owners.items()
-        for name, value in vars(holder).items()
-        if isinstance(value, int | float | str | tuple | None) and name != "training"
+        for name, value in holder.items()
+        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
     }
 
 
@@ -1231,13 +1258,7 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
-        rest, kept = {name: value for name, value in state.items() if name not in ("theta", "adam")}, io.BytesIO()
-        torch.save(rest, kept)
-        kept.seek(0)
-        try:
-            torch.load(kept, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UsageError(f"a checkpoint holds tensors and plain values alone: one of {', '.join(rest)} is none") from error
+        storable(state)  # what is none is refused now, and not after hours
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
@@ -1312,12 +1333,12 @@ class Run:
         )
 
     def write(self, name: str, record: dict):
-        self.logs[name].write(json.dumps(record, allow_nan=False) + "\n")
+        self.logs[name].write(json.dumps(record, allow_nan=False, default=float) + "\n")
 
     def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
-        if not all(math.isfinite(x) for x in losses.values()):
-            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        if not all(math.isfinite(x) for x in (*losses.values(), *charts.values())):
+            raise NonFiniteError(f"non-finite losses or charts in iteration {iteration}: {losses | charts}")
         for name, value in constants(self.args, self.compiled).items():
             if self.constants.setdefault(name, value) != value:
                 raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
@@ -1386,7 +1407,7 @@ class Run:
             "wandb_id": self.wandb_id,
         }
         data = io.BytesIO()  # torch would hide what a full disk raises
-        torch.save(checkpoint, data)
+        torch.save(storable(checkpoint), data)
         write_atomically(self.dir / "checkpoint.pt", data.getvalue())
         if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
             steps = (state["global_step"] - self.saved_step) * self.args.num_steps // self.args.batch_size

@@ -41,7 +41,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -1805,6 +1804,19 @@ def check_ranks():
         raise UsageError(f"{told}: start it with torchrun, or unset both")
 
 
+def storable(value: Any, name: str = "state") -> Any:
+    """A value as a checkpoint can hold it, without numpy's numbers; UsageError where it is another object."""
+    if isinstance(value, dict):
+        return {key: storable(x, f"{name}[{key!r}]") for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(storable(x, f"{name}[{i}]") for i, x in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, torch.Tensor | int | float | str | None):
+        raise UsageError(f"{name} is of type {type(value).__name__}: a checkpoint holds tensors, numbers and texts")
+    return value
+
+
 def write_atomically(file: Path, data: bytes):
     """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
     temporary = file.with_suffix(".tmp")
@@ -1853,13 +1865,17 @@ def describe_run(args: Args) -> dict:
 
 
 def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
-    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
-    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    """Settings, and numbers and texts of a network and of this file: a compiled function would keep the first ones."""
+    owners: dict[str, Any] = {"args.": vars(args)}
+    if network is not None:
+        owners |= {f"agent.{name}.".replace("..", "."): vars(module) for name, module in network.named_modules()}
+        owners |= {f"{type(network).__name__}.": vars(type(network)), "": globals()}
+    kinds = int | float | str | tuple | list | dict | None
     return {
-        f"{owner}.{name}": repr(value)
+        f"{owner}{name}": repr(value)
         for owner, holder in owners.items()
-        for name, value in vars(holder).items()
-        if isinstance(value, int | float | str | tuple | None) and name != "training"
+        for name, value in holder.items()
+        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
     }
 
 
@@ -1892,13 +1908,7 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
-        rest, kept = {name: value for name, value in state.items() if name not in ("theta", "adam")}, io.BytesIO()
-        torch.save(rest, kept)
-        kept.seek(0)
-        try:
-            torch.load(kept, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UsageError(f"a checkpoint holds tensors and plain values alone: one of {', '.join(rest)} is none") from error
+        storable(state)  # what is none is refused now, and not after hours
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": dict.fromkeys(LOGS, 0)}, spaces)
@@ -1973,12 +1983,12 @@ class Run:
         )
 
     def write(self, name: str, record: dict):
-        self.logs[name].write(json.dumps(record, allow_nan=False) + "\n")
+        self.logs[name].write(json.dumps(record, allow_nan=False, default=float) + "\n")
 
     def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
-        if not all(math.isfinite(x) for x in losses.values()):
-            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        if not all(math.isfinite(x) for x in (*losses.values(), *charts.values())):
+            raise NonFiniteError(f"non-finite losses or charts in iteration {iteration}: {losses | charts}")
         for name, value in constants(self.args, self.compiled).items():
             if self.constants.setdefault(name, value) != value:
                 raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
@@ -2062,7 +2072,7 @@ class Run:
             "wandb_id": self.wandb_id,
         }
         data = io.BytesIO()  # torch would hide what a full disk raises
-        torch.save(checkpoint, data)
+        torch.save(storable(checkpoint), data)
         write_atomically(self.dir / "checkpoint.pt", data.getvalue())
         if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
             steps = (state["global_step"] - self.saved_step) * self.args.num_steps // self.args.batch_size

@@ -47,7 +47,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -465,12 +464,11 @@ class Agent(nn.Module):
 def numpy_policy(agent: Agent):
     """Features and Agent.policy in numpy: obs (N, obs_dim), first (N,), memory (N, 2, H) -> as Agent.policy, memory after.
 
-    Takes 10 us for one observation where torch takes 65 or more. Has to be made again after every update. Compared with
-    Agent.policy and Agent.forward each time, so that no edit lets another policy act than the one that learns.
+    Has to be made again after every update. Compared with Agent.policy and Agent.forward, so that the one that acts learns.
     """
     activations: dict[type, Any] = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layers: list[Any] = []
-    for module in nn.Sequential(agent.policy_trunk, agent.actor).modules():
+    for _, module in nn.Sequential(agent.policy_trunk, agent.actor).named_modules(remove_duplicate=False):
         if isinstance(module, nn.Sequential):
             continue  # its parts follow
         if isinstance(module, nn.Linear):
@@ -479,7 +477,7 @@ def numpy_policy(agent: Agent):
         elif type(module) in activations:
             layers.append(activations[type(module)])
         else:
-            raise UsageError(f"numpy_policy does not know {module}: write its forward pass there")
+            raise UsageError(f"numpy_policy does not know {type(module).__name__}: write its forward pass there")
     if not all(np.isfinite(x).all() for layer in layers if type(layer) is tuple for x in layer):
         raise NonFiniteError("the parameters of the policy are not finite")
     head = layers.pop()
@@ -518,7 +516,8 @@ def numpy_policy(agent: Agent):
         state = agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
         outputs = agent.policy(features := agent.features(obs, first, state))
         action = torch.zeros_like(outputs[0][:, :, 0], dtype=torch.int64) if std is None else outputs[0]
-        return *outputs, features.state[:, 0], agent(obs, action, valid, first, state).logprob
+        check_value(new := agent(obs, action, valid, first, state), agent.value(features))
+        return *outputs, features.state[:, 0], new.logprob
 
     check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
@@ -537,13 +536,21 @@ def check_lstm():
         raise UsageError("LSTMSteps.backward is not the gradient of LSTMSteps.forward: change both in the same way")
 
 
+def check_value(new: Output, value: torch.Tensor):
+    """UsageError where Agent.forward has other values than Agent.value, which values the last observation of a rollout."""
+    if not torch.allclose(new.value, value, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise UsageError(
+            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
+        )
+
+
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
     """Compares the policy that acts, in numpy, with the one that learns, in torch, on observations of three sizes."""
     probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
             expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
-    except (ValueError, RuntimeError) as error:  # shapes that do not fit
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # shapes that do not fit, another kind of layer
         raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
     try:
         with np.errstate(all="ignore"):
@@ -552,7 +559,8 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
             acted, learned = (np.concatenate(x, axis=1) for x in zip(*rows, strict=True))  # (3, numbers)
             largest = np.abs(learned).max(axis=1, keepdims=True)
             close = np.abs(acted - learned) <= 1e-4 + 1e-3 * np.abs(learned) + 1e-5 * largest
-        same = close[np.isfinite(learned).all(axis=1)].all()  # a large observation may overflow
+        # a large observation may overflow, but then it does so in both
+        same = close[np.isfinite(learned).all(axis=1)].all() and not (np.isnan(learned) & np.isfinite(acted)).any()
     except ValueError:  # as above
         same = False
     if not same:
@@ -1522,6 +1530,19 @@ def check_checkpoint(saved: Any, expected: Any, spaces: Any, name: Any = "checkp
             raise UsageError(f"the checkpoint is damaged: {name} is {saved!r}")
 
 
+def storable(value: Any, name: str = "state") -> Any:
+    """A value as a checkpoint can hold it, without numpy's numbers; UsageError where it is another object."""
+    if isinstance(value, dict):
+        return {key: storable(x, f"{name}[{key!r}]") for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(storable(x, f"{name}[{i}]") for i, x in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, torch.Tensor | int | float | str | None):
+        raise UsageError(f"{name} is of type {type(value).__name__}: a checkpoint holds tensors, numbers and texts")
+    return value
+
+
 def write_atomically(file: Path, data: bytes):
     """After a crash at any moment the file is the old one or the new one; after an error nothing else is left."""
     temporary = file.with_suffix(".tmp")
@@ -1570,13 +1591,17 @@ def describe_run(args: Args) -> dict:
 
 
 def constants(args: Args, network: nn.Module | None = None) -> dict[str, str]:
-    """Settings, and numbers and texts of a network: a compiled function would keep the first ones, without a word."""
-    owners: Any = {"args": args} | {f"agent.{name}".rstrip("."): m for name, m in (network.named_modules() if network else ())}
+    """Settings, and numbers and texts of a network and of this file: a compiled function would keep the first ones."""
+    owners: dict[str, Any] = {"args.": vars(args)}
+    if network is not None:
+        owners |= {f"agent.{name}.".replace("..", "."): vars(module) for name, module in network.named_modules()}
+        owners |= {f"{type(network).__name__}.": vars(type(network)), "": globals()}
+    kinds = int | float | str | tuple | list | dict | None
     return {
-        f"{owner}.{name}": repr(value)
+        f"{owner}{name}": repr(value)
         for owner, holder in owners.items()
-        for name, value in vars(holder).items()
-        if isinstance(value, int | float | str | tuple | None) and name != "training"
+        for name, value in holder.items()
+        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
     }
 
 
@@ -1609,13 +1634,7 @@ class Run:
     def restore(self, state: dict, spaces: Any) -> int:
         """Copies the parameters and Adam's state of the checkpoint to resume into those of state; its iteration, or 0."""
         self.spaces, saved = spaces, self.checkpoint
-        rest, kept = {name: value for name, value in state.items() if name not in ("theta", "adam")}, io.BytesIO()
-        torch.save(rest, kept)
-        kept.seek(0)
-        try:
-            torch.load(kept, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UsageError(f"a checkpoint holds tensors and plain values alone: one of {', '.join(rest)} is none") from error
+        storable(state)  # what is none is refused now, and not after hours
         if saved is None:
             return 0
         check_checkpoint(saved, state | {"iteration": 0, "log_sizes": {"metrics.jsonl": 0, "episodes.jsonl": 0}}, spaces)
@@ -1690,12 +1709,12 @@ class Run:
         )
 
     def write(self, name: str, record: dict):
-        self.logs[name].write(json.dumps(record, allow_nan=False) + "\n")
+        self.logs[name].write(json.dumps(record, allow_nan=False, default=float) + "\n")
 
     def log(self, iteration: int, runner: Runner, charts: dict, losses: dict, episodes: list[tuple[int, float, int]]):
         """One record of metrics.jsonl, and one of episodes.jsonl for each episode that ended."""
-        if not all(math.isfinite(x) for x in losses.values()):
-            raise NonFiniteError(f"non-finite losses in iteration {iteration}: {losses}")
+        if not all(math.isfinite(x) for x in (*losses.values(), *charts.values())):
+            raise NonFiniteError(f"non-finite losses or charts in iteration {iteration}: {losses | charts}")
         for name, value in constants(self.args, self.compiled).items():
             if self.constants.setdefault(name, value) != value:
                 raise UsageError(f"{name} was changed in the loop: hand what changes to learn, as learning_rate is")
@@ -1764,7 +1783,7 @@ class Run:
             "wandb_id": self.wandb_id,
         }
         data = io.BytesIO()  # torch would hide what a full disk raises
-        torch.save(checkpoint, data)
+        torch.save(storable(checkpoint), data)
         write_atomically(self.dir / "checkpoint.pt", data.getvalue())
         if self.first_iteration <= iteration < self.args.num_iterations and not self.ended_since_save:
             steps = (state["global_step"] - self.saved_step) * self.args.num_steps // self.args.batch_size
@@ -1868,11 +1887,11 @@ def log_evaluation(wandb: Any, result: dict):
         wandb.log({"evaluation/video": wandb.Video(str(gif), format="gif")}, step=result["global_step"])
 
 
-def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Generator | None = None):
+def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Generator | None = None, needs_info: bool = False):
     """A trained policy: raw observations of N environments -> actions (N, ...), the likeliest or sampled by rng.
 
-    It also takes the infos, where they hold masks, and which of the N observations begin an episode, where an LSTM has
-    to forget. The N must be the same in all calls.
+    It also takes the infos, where they hold masks (needs_info: it refuses to act without), and which of the N observations
+    begin an episode, where an LSTM has to forget. The N must be the same in all calls.
     """
     agent, action_map = make_agent(args, spaces), ActionMap.of(spaces.action, args.discretize_actions)
     obs_rms = RunningMeanStd((agent.obs_dim,))
@@ -1885,13 +1904,15 @@ def make_policy(args: Args, checkpoint: dict, spaces: Spaces, rng: np.random.Gen
 
     def policy(raw_obs: Any, info: dict | None = None, first: np.ndarray | None = None) -> np.ndarray:
         nonlocal memory
+        if needs_info and info is None:
+            raise UsageError("the infos of this environment hold action masks: call policy(observations, info)")
         obs = normalize_obs(read_obs(raw_obs, spaces, args), obs_rms, args)
         check_finite(f"{args.env} returned", "in the evaluation", observation=obs)
         if memory is None or not args.lstm:
             memory = np.broadcast_to(start, (len(obs), *start.shape[1:]))
         if len(memory) != len(obs):
             raise UsageError(f"the LSTM remembers {len(memory)} environments, and these are {len(obs)}: load it anew")
-        outputs, memory = network(obs, np.zeros(len(obs), dtype=bool) if first is None else first, memory)
+        outputs, memory = network(obs, np.zeros(len(obs), bool) if first is None else np.asarray(first, bool), memory)
         noise: Any = 0
         if rng is not None and len(outputs) == 2:
             noise = rng.standard_normal(outputs[0].shape, dtype=np.float32)
@@ -1912,10 +1933,10 @@ def load_policy(path: str | Path, rng: np.random.Generator | None = None, env: s
     checkpoint, file = load_checkpoint(path)
     args = load_args(checkpoint, file, device="cpu")
     check_trust(args.env, env)
-    envs, *_ = make_envs(args.env, [0], 1)
+    envs, _, info = make_envs(args.env, [0], 1)
     spaces = Spaces.of(envs)
     envs.close()
-    return make_policy(args, checkpoint, spaces, rng)
+    return make_policy(args, checkpoint, spaces, rng, needs_info=any(key in info for key in MASK_KEYS))
 
 
 def draw(envs: Any) -> Image.Image:

@@ -117,11 +117,12 @@ def draw_curves(data: dict, plt, labels: list[str] | None = None):
         axis.axis("off")
     axes.flat[0].set_ylabel("return, last 100 episodes")
     below = 0.0  # share of the height that the legend takes
+    shown = [label for label in labels if label in lines]  # a run may be too short for a curve
     if len(lines) > 1:
         free = len(data) < axes.size  # a panel is free for the legend; else it goes below
         wide = 1 if free else max(1, min(len(lines), int(figure.get_figwidth() * 14) // (max(map(len, lines)) + 8)))
         where = "lower right" if free else "lower center"
-        figure.legend([lines[label] for label in labels], labels, loc=where, ncols=wide, handlelength=4)
+        figure.legend([lines[label] for label in shown], shown, loc=where, ncols=wide, handlelength=4)
         below = 0.0 if free else (0.1 + 0.2 * -(-len(lines) // wide)) / figure.get_figheight()
     figure.tight_layout(rect=(0, below, 1, 1))
     return figure

@@ -219,7 +219,7 @@ def table_details(r: Results) -> str:
                 probability += brackets(*stats.probability_of_improvement_interval(off, on), "{:.2f}".format)
         cells = [r.cell("details", setting, env) for env in envs]
         rows.append([setting, effect, probability, *cells, seeds_text(r.complete_seeds("details", setting, envs))])
-    head = ["one detail off", "effect on the normalized score", "probability of improvement", *envs, "seeds"]
+    head = ["one detail off", "effect on the normalized score", "probability of improvement", *envs, "whole seeds"]
     return markdown(head, rows) + r.footer("details")
 
 

@@ -144,7 +144,7 @@ def write_result(file: Path, records: list[dict]):
     with gzip.GzipFile("", "wb", 9, buffer, mtime=0) as f:
         f.write(text.encode())
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as out:
             out.write(buffer.getvalue())

@@ -58,7 +58,10 @@ MIN_FREE = 200e6  # bytes of disk below which no run is started
 def steps_of(run: suites.Run) -> float:
     """Steps of a run: its flag, else the default in the text of its script; NaN where that is not to be found."""
     if "total_timesteps" in run.flags:
-        return int(run.flags["total_timesteps"])
+        steps = str(run.flags["total_timesteps"])
+        if not re.fullmatch(r"[\d_]+", steps):
+            raise BadArguments(f"--total-timesteps {steps}: steps are a whole number, such as 1000000")
+        return int(steps)
     file = ROOT / run.script
     found = re.search(r"total.timesteps\D*?([0-9][0-9_]{3,})", file.read_text()) if file.is_file() else None
     return int(found.group(1)) if found else math.nan
@@ -75,16 +78,19 @@ def make_command(
     run_dir, plan_file = folder / run.name, folder / f"{run.name}.json"
     if not (ROOT / run.script).is_file():
         raise RunnerError(f"{run.script} does not exist")
-    if plan_file.is_file() and run_dir.is_dir():
+    text = (ROOT / run.script).read_bytes()
+    if plan_file.is_file() and (run_dir / "checkpoint.pt").is_file():  # without a checkpoint there is nothing to go on with
         try:
             plan = dict(json.loads(plan_file.read_text()))
         except (ValueError, TypeError) as error:
             raise RunnerError(f"{plan_file} is damaged: delete it and {run_dir} to start this run anew") from error
         if plan["options"] != run.options() or Path(plan["script"]).name != Path(run.script).name:
             raise RunnerError(f"{run_dir} was started with other flags or another script: delete it to start this run anew")
+        if (folder / plan["script"]).read_bytes() != text:
+            told = f"{run.script} has changed, but {run.name} goes on with the text that it began with"
+            tqdm.tqdm.write(f"{told}; to begin it anew delete {run_dir}", sys.stderr)
     else:
         shutil.rmtree(run_dir, ignore_errors=True)
-        text = (ROOT / run.script).read_bytes()
         sha256 = hashlib.sha256(text).hexdigest()
         script = folder / "scripts" / sha256[:12] / Path(run.script).name
         if not script.is_file() or script.read_bytes() != text:
@@ -149,7 +155,8 @@ def expected_seconds(runs: list[suites.Run], results: Path) -> float:
     measured: dict[tuple[str, str], list[float]] = {}
     for file in results.glob("*/*.jsonl.gz"):
         result = read_result(file)
-        measured.setdefault((result["header"]["script"], result["header"]["env"]), []).append(result["final"]["sps"])
+        if result["final"]["sps"]:  # 0 where a run had a single iteration
+            measured.setdefault((result["header"]["script"], result["header"]["env"]), []).append(result["final"]["sps"])
     total = 0.0  # NaN where the steps of a run are not known
     for run in runs:
         rate = measured.get((Path(run.script).name, run.env)) if not run.peer else None
@@ -294,7 +301,8 @@ def tell_other_versions(runs: list[suites.Run], results: Path):
     """A line where finished runs of a sweep are of another text of the script than that of now."""
     if not runs:
         return
-    now = hashlib.sha256((ROOT / runs[0].script).read_bytes()).hexdigest()  # a sweep has one script
+    script = script_of(runs[0]) if runs[0].script == suites.EXACT else runs[0].script  # a sweep has one
+    now = hashlib.sha256((ROOT / script).read_bytes()).hexdigest()
     stored = [read_result(result_file(results, run.suite, run.name))["header"].get("script_sha256") for run in runs]
     if other := sum(sha256 != now for sha256 in stored):
         print(f"{other} of the finished runs are of another version of {script_of(runs[0])}: --name NAME begins a new set")

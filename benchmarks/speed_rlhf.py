@@ -205,6 +205,8 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.iterations)))
         return 0
+    if options.name and (suites.ROOT / "benchmarks" / "results" / "speed" / f"{options.name}.jsonl").is_file():
+        parser.error(f"there are measurements of the name {options.name}: choose another --name or delete them")
     header = speed.begin("rlhf", EPISODES * TOKENS * options.iterations, None, 1)
     records: list[dict] = []
     file = suites.ROOT / "benchmarks" / "results" / "speed" / f"{options.name}.jsonl"

@@ -267,7 +267,7 @@ def test_non_finite_loss_stops_the_run(fails, monkeypatch):
 
     monkeypatch.setattr(ppo_continuous, "ppo_loss", bad_loss)
     line = fails(*tiny_flags(), code=1)
-    assert "non-finite losses in iteration 1" in line
+    assert "non-finite losses or charts in iteration 1" in line
     assert "the last checkpoint is run/checkpoint.pt" in line
     assert read_checkpoint("run")["iteration"] == 0
 

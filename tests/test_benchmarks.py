@@ -852,6 +852,42 @@ def test_runs_of_suites_of_language_models_evaluate(tmp_path):
         assert ("--eval-episodes" in command) == flag, suite
 
 
+def test_a_run_without_a_checkpoint_begins_with_the_text_of_now(repo):
+    """Another would fail for ever, although its mistake is mended."""
+    good = (repo / "ppo_continuous.py").read_text()
+    (repo / "ppo_continuous.py").write_text("raise ValueError('my mistake')")
+    code, _, err = finish(repo, *sweep("A"), "--go")
+    assert (code, "my mistake" in err) == (1, True)
+    (repo / "ppo_continuous.py").write_text(good)
+    assert finish(repo, *sweep("A"), "--go")[0] == 0
+
+
+def test_a_run_that_goes_on_with_an_older_text_says_so(repo):
+    assert finish(repo, *sweep("A"), "--go")[0] == 0
+    with open(repo / "ppo_continuous.py", "a") as script:
+        script.write("# edited\n")
+    code, _, err = finish(repo, *sweep("A"), "--results-dir", "other", "--go")
+    assert code == 0
+    told = "ppo_continuous.py has changed, but default__A__1 goes on with the text that it began with; to begin it anew delete"
+    assert told in err
+
+
+@pytest.mark.parametrize("steps", ["1e6", "abc", "1,2", "-5"])
+def test_steps_of_a_sweep_are_a_whole_number(repo, steps):
+    code, _, err = finish(repo, *sweep("A"), f"--total-timesteps={steps}")
+    assert code == 2
+    assert "steps are a whole number, such as 1000000" in err.splitlines()[-1]
+
+
+def test_speeds_of_single_iterations_do_not_make_the_expected_time(tmp_path):
+    for seed, sps in ((1, 0), (2, 1000)):
+        records = result_files.summarize(write_run(tmp_path / f"r{seed}", seed=seed), "base", "default")
+        records[1]["sps"] = sps
+        result_files.write_result(result_files.result_file(tmp_path / "results", "base", f"default__Hopper__{seed}"), records)
+    runs = [r for r in suites.make_suite("base") if r.env == "Hopper"][:1]
+    assert run.expected_seconds(runs, tmp_path / "results") == pytest.approx(run.START_SECONDS + run.steps_of(runs[0]) / 1000)
+
+
 def test_a_run_on_a_gpu_asks_for_it(repo):
     """So that it is refused where there is none, and not run on the CPU without a word."""
     for words, gpu, devices in (([], False, []), ([], True, ["cuda"]), (["--device", "cpu"], True, ["cpu"])):

@@ -29,7 +29,7 @@ ACTOR = "        self.actor = mlp(action_dim if state_independent_std else 2 * a
 MEAN, VALUE, STD = "self.actor(obs), self.log_std", "self.critic(obs).squeeze(1)", "log_std.expand_as(mean).exp()"
 BATCH_NORM = "nn.Sequential(nn.BatchNorm1d(obs_dim), mlp(1, 1.0))"
 DENSITY = "Normal(*self.policy(obs), validate_args=False)"
-COPIED = "in agent.actor.modules():"
+COPIED = "in agent.actor.named_modules(remove_duplicate=False):"
 
 SCALED = ("            return obs, std\n", "            return obs / agent.scale, std\n")
 LISTED = "self.critic[1](self.critic[0](obs)).squeeze(1)"
@@ -53,14 +53,14 @@ WIDE_ENCODER = [
     (FIRST, "nn.Linear(32, 64)"),
     *ENCODER[1:],
 ]
-ENCODER_COPIED = (COPIED, "in nn.Sequential(agent.encoder, agent.actor).modules():")
+ENCODER_COPIED = (COPIED, COPIED.replace("agent.actor", "nn.Sequential(agent.encoder, agent.actor)"))
 
 TRAINS: dict[str, list[tuple[str, str]]] = {
     "hidden size": [(FIRST, "nn.Linear(obs_dim, 48)"), (SECOND, "nn.Linear(48, 32)"), (LAST, "nn.Linear(32, out_dim)")],
     "a layer more": [(f"layer_init({SECOND}, math.sqrt(2), weight_init)", f"{SECOND}, nn.Tanh(), {SECOND}")],
     "ReLU": [("nn.Tanh()", "nn.ReLU()")],
     "a layer without bias": [(SECOND, "nn.Linear(64, 64, bias=False)")],
-    "shared trunk": [*TRUNK, (COPIED, "in nn.Sequential(agent.trunk, agent.actor).modules():")],
+    "shared trunk": [*TRUNK, (COPIED, COPIED.replace("agent.actor", "nn.Sequential(agent.trunk, agent.actor)"))],
     "second critic": [
         SECOND_CRITIC,
         ("    value: torch.Tensor  # (B,) in units of reward\n", "    value: torch.Tensor\n    value2: torch.Tensor\n"),
@@ -80,9 +80,17 @@ TRAINS: dict[str, list[tuple[str, str]]] = {
         (CRITIC, CRITIC + "        self.register_buffer('two', torch.tensor(2.0), persistent=False)\n"),
         (VALUE, f"self.two * {VALUE}"),
     ],
+    "one activation for all layers": [
+        ("        def mlp(", "        act = nn.Tanh()\n\n        def mlp("),
+        ("nn.Tanh(),", "act,"),
+    ],
+    "a number of numpy in the state": [(STATE, STATE + '            "best": np.mean(self.rewards),\n')],
+    "a figure of numpy in the log": [('charts = {"learning_rate"', 'charts = {"obs": rollout.obs.mean(), "learning_rate"')],
     "encoder": [*ENCODER, ENCODER_COPIED],
     "wide encoder": [*WIDE_ENCODER, ENCODER_COPIED],
 }
+SAME = ("objective", "a flag that may be None", "one activation for all layers")  # these have the same parameters
+SAME += ("a number of numpy in the state", "a figure of numpy in the log")
 FOLLOW = "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward"
 STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "an activation": ([("nn.Tanh()", "nn.SiLU()")], "numpy_policy does not know SiLU"),
@@ -107,7 +115,16 @@ STOPS: dict[str, tuple[list[tuple[str, str]], str]] = {
         [(RUN_DIR, "    scale: Weight | None = None\n" + RUN_DIR)],
         "the type of scale cannot be checked: write Annotated",
     ),
-    "state that no checkpoint holds": ([(STATE, STATE + '            "best": np.float64(3),\n')], "a checkpoint holds tensors"),
+    "state that no checkpoint holds": (
+        [(STATE, STATE + '            "best": np.zeros(3),\n')],
+        "state['best'] is of type ndarray: a checkpoint holds tensors, numbers and texts",
+    ),
+    "value in forward alone": (
+        [("sum(1), self.value(obs))", "sum(1), 10 * self.value(obs))")],
+        "Agent.forward and Agent.value give different values of the same observation",
+    ),
+    "the root of observations": ([(MEAN, "self.actor(obs.sqrt()), self.log_std")], FOLLOW),
+    "a layer that is not there": ([(VALUE, "self.critic.nothing(obs)")], "Agent.policy or Agent.forward fails"),
     "a flag of another type": ([(RUN_DIR, "    data: Path = Path('x')\n" + RUN_DIR)], "data is PosixPath('x'): a setting is"),
     "observations limited to 1": ([(MEAN, "self.actor(obs.clamp(-1, 1)), self.log_std")], FOLLOW),
     "observations limited to 5": ([(MEAN, "self.actor(obs.clamp(-5, 5)), self.log_std")], FOLLOW),
@@ -170,7 +187,7 @@ def test_an_edit_that_trains(name):
     assert len(result["evaluation"]["returns"]) == 1
     train(tiny_args("base", **ONE_UPDATE))
     base, ours = (read_checkpoint(run_dir)["theta"] for run_dir in ("base", "run"))
-    assert base.shape != ours.shape or (base - ours).norm() > 1e-3 or name in ("objective", "a flag that may be None")
+    assert base.shape != ours.shape or (base - ours).norm() > 1e-3 or name in SAME
 
 
 def test_another_objective_learns_something_else():
@@ -227,6 +244,31 @@ def test_a_number_of_the_network_that_the_loop_changes_is_refused_where_it_is_co
     assert stop.value.code == 2
     assert "error: agent.scale was changed in the loop" in capsys.readouterr().err
     assert len(read_metrics("run")) == 2  # the header, and the iteration in which it was still 2
+
+
+@pytest.mark.parametrize(
+    ("made", "changed", "named"),
+    [
+        ("", "KIND", "KIND"),
+        ("", "Agent.weight", "Agent.weight"),
+        ("        self.weights = [1.0]\n", "agent.weights[0]", "agent.weights"),
+        ("        self.weights = {'a': 1.0}\n", "agent.weights['a']", "agent.weights"),
+    ],
+)
+def test_numbers_in_other_places_that_the_loop_changes_are_refused_too(made, changed, named, monkeypatch, capsys):
+    line = "            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)  # [aux: anneal_clip]\n"
+    loop = (
+        line + "            globals()['KIND'] = f'{remaining}'\n"
+        if changed == "KIND"
+        else f"{line}            {changed} = remaining\n"
+    )
+    script: Any = edited([(line, loop), (CRITIC, CRITIC + made)])
+    monkeypatch.setattr(script, "compile_all", lambda functions, args: functions)
+    monkeypatch.setattr("sys.argv", ["my_ppo.py", *tiny_flags("run", compile=True)])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2
+    assert f"error: {named} was changed in the loop" in capsys.readouterr().err
 
 
 def test_a_whole_number_for_a_setting_that_is_a_fraction_becomes_one():
