@@ -522,9 +522,10 @@ def main(argv: list[str]) -> int:
         else:
             if options.names:
                 parser.error(f"unexpected: {' '.join(options.names)}")
-            if options.total_timesteps and options.results_dir == RESULTS.resolve():
+            if options.total_timesteps and (options.results_dir == RESULTS.resolve() or options.runs_dir == RUNS.resolve()):
                 parser.error(
-                    "--total-timesteps makes other runs than those of the suite: give them a --results-dir of their own"
+                    "--total-timesteps makes other runs than those of the suite: give them a --results-dir and a --runs-dir "
+                    "of their own"
                 )
             runs = suites.make_suite(options.suite)
         return execute(runs, options)

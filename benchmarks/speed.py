@@ -105,10 +105,10 @@ def measure_cartpole_peer(env: str, num_envs: int, steps: int, threads: int) -> 
     return {"sps": time_peer(model, batch, steps), "versions": versions}
 
 
-def measure_environment(env: str, num_envs: int, steps: int, fast: bool) -> dict:
+def measure_environment(env: str, num_envs: int, steps: int, threads: int, fast: bool) -> dict:
     """The environments of the script stepped with random actions drawn beforehand; nothing else in the loop."""
     script = suites.load_script("ppo_continuous")
-    envs, *_ = script.make_envs(env, script.make_seeds(1, 0, num_envs), 1)
+    envs, *_ = script.make_envs(env, script.make_seeds(1, 0, num_envs), threads)
     space = envs.single_action_space
     rng = script.np.random.default_rng(0)
     actions = rng.uniform(space.low, space.high, (BATCH, num_envs, *space.shape)).astype(script.np.float32)
@@ -222,7 +222,7 @@ def measure(what: str, env: str, num_envs: int, steps: int, threads: int, cleanr
     if what == "cleanrl":
         return measure_cleanrl(cleanrl, env, num_envs, steps)
     if what in ("make_step", "envs.step"):
-        return measure_environment(env, num_envs, steps, what == "make_step")
+        return measure_environment(env, num_envs, steps, threads, what == "make_step")
     return measure_peer(what, env, num_envs, steps, threads)
 
 
@@ -351,8 +351,8 @@ def main() -> int:
     chosen = contestants(options.env, options.peer_python, options.sbx_python, options.cleanrl_python)
     names = options.contestant or list(chosen)
     unknown = [name for name in names if name not in chosen]
-    if unknown or options.rounds < 1 or options.steps < BATCH:
-        parser.error(f"contestants: {'; '.join(chosen)}; at least 1 round and {BATCH} steps")
+    if unknown or len(set(names)) < len(names) or options.rounds < 1 or options.steps < BATCH:
+        parser.error(f"contestants, each once: {'; '.join(chosen)}; at least 1 round and {BATCH} steps")
     file = options.results_dir / "speed" / f"{options.name}.jsonl"
     if options.name and file.is_file():
         parser.error(f"{file} holds measurements: choose another --name or delete it")

@@ -933,6 +933,7 @@ def test_load_policy_forgets_where_an_episode_begins():
     half = np.arange(64) < 32
     assert [x[:32] for x in play(half)] == [x[:32] for x in alone]
     assert [x[32:] for x in play(half)] == [x[32:] for x in remembered]
+    assert play(half.astype(int)) == play(half.astype(float)) == play(half.tolist()) == play(half)
 
 
 def test_a_policy_with_memory_refuses_another_number_of_environments():
@@ -943,6 +944,15 @@ def test_a_policy_with_memory_refuses_another_number_of_environments():
         with pytest.raises(UsageError, match=f"the LSTM remembers 2 environments, and these are {n}: load it anew"):
             policy(np.zeros((n, 4)))
     assert "policy(observations, info, first)" in str(load_policy.__doc__)
+
+
+def test_a_policy_whose_infos_hold_masks_does_not_act_without_them():
+    train(tiny(env="MaskedInfo-v0"))
+    policy = load_policy("run")
+    obs, info = np.zeros((2, 4), np.float32), {"action_mask": np.tile(np.arange(8) % 2 == 0, (2, 1))}
+    assert policy(obs, info).shape == (2, 2)
+    with pytest.raises(UsageError, match=r"infos of this environment hold action masks: call policy\(observations, info\)"):
+        policy(obs)
 
 
 def test_a_policy_without_memory_takes_any_number_of_environments():
