@@ -289,10 +289,14 @@ def table_measured(r: Results) -> str:
     known = {env: (r.scores(*ALGORITHMS["TRPO"], env), r.scores(*BASE, env)) for env in suites.SECOND_HAND}
     if known := {env: xy for env, xy in known.items() if min(map(len, xy)) > 1}:
         told = {env: np.prod(stats.difference_interval(*xy)) > 0 for env, xy in known.items()}
-        lines.append("TRPO, settings of rl-zoo (some tuned to a task), minus PPO: ")
+        lines.append("TRPO (settings of rl-zoo, some tuned) minus PPO: ")
         clear = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if told[env]]
         open_ = [f"{env} ({difference(*xy)}; n {len(xy[0])}, {len(xy[1])})" for env, xy in known.items() if not told[env]]
         lines[-1] += ", ".join(clear) + (f"; not known on {' and '.join(open_)}." if open_ else ".")
+    unclipped = {env: (r.scores("unclipped", "no policy clipping", env), r.scores(*BASE, env)) for env in suites.DETAILS_TASKS}
+    if all(min(map(len, xy)) > 1 for xy in unclipped.values()):
+        lost = [f"{env} {difference(*xy)} (n {len(xy[0])}, {len(xy[1])})" for env, xy in unclipped.items()]
+        lines.append(f"No policy clipping minus all details on: {', '.join(lost)}.")
     larger, default = (r.scores("atari-short", setting, "Breakout") for setting in (LARGER, "bfloat16"))
     if len(larger) and len(default):
         lines.append(f"Breakout, 1M, bfloat16, [larger updates]({page}#atari-on-a-cpu) minus defaults: ")

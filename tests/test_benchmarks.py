@@ -1182,8 +1182,10 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     fake_results(tmp_path, "collapse", ["no clipping or penalty"], ["Reacher"], (4, 5), lambda s, e, seed: -100)
     settings = ["bfloat16, larger updates", "bfloat16"]
     fake_results(tmp_path, "atari-short", settings, ["Breakout"], (1, 2, 3), lambda s, e, seed: 30 if "larger" in s else 20)
+    fake_results(tmp_path, "unclipped", ["no policy clipping"], suites.DETAILS_TASKS, (1, 2), lambda s, e, seed: 160)
     text = report.table_measured(report.Results(tmp_path))
     for part in (
+        "No policy clipping minus all details on: HalfCheetah -2000 [-2690, -1540] (n 2, 10), Hopper -2000",
         "2 of 10, 20% [6%, 51%], end above 2400.",
         "as printed 90.0 [90.0, 90.0], observations normalized 90.0 [90.0, 90.0], difference 0.00 [0.00, 0.00] (n 2, 2);",
         "runs on Reacher that end below random: 2 of 4, 50% [15%, 85%].",
@@ -1193,6 +1195,8 @@ def test_sentences_of_the_readme_follow_the_results(tmp_path):
     ):
         assert part in text
     assert len(text.split()) <= 150
+    real = (REPO / "README.md").read_text().split("<!-- table:measured -->")[1].split("<!--")[0]
+    assert len(real.split()) <= 150
 
 
 def test_differences_are_given_with_their_runs(tmp_path):
