@@ -1822,6 +1822,8 @@ def main():
             reason = f"torch.compile refuses the update ({textwrap.shorten(str(error), 400)}); --no-compile runs without it"
         elif re.search("out of memory|allocate memory", str(error)):  # of torch: no MemoryError
             reason = f"stopped: out of memory: {LESS_MEMORY}"
+        elif getattr(args, "compile", False) and re.search(r"expected size \d+==\d+", str(error)):
+            reason = "stopped: the compiled update takes minibatches of one size alone; --no-compile takes any"
         else:
             raise
         print(f"{name}: {reason}", file=sys.stderr)

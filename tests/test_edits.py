@@ -5,6 +5,7 @@ An edit trains the policy that acts, or stops with a sentence before there is a 
 
 import math
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any, ClassVar
@@ -471,3 +472,19 @@ def test_a_checkpoint_of_a_larger_machine_is_read(capsys):
     assert "run/checkpoint.pt is of a run with 10000 threads, but here are at most" in capsys.readouterr().err
     args, _ = ppo_continuous.parse_args(["--resume", "run", "--total-timesteps", "2000"])
     assert args.num_threads == 4 * os.cpu_count()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
+def test_minibatches_of_other_sizes_need_no_compile(monkeypatch, capsys):
+    """Half of the samples in the second epoch."""
+    sizes = ("order.split(args.minibatch_size)", "order.split(args.minibatch_size // (1 + bool(infos)))")
+    script: Any = edited([sizes])
+    monkeypatch.setattr("sys.argv", ["my_ppo.py", *tiny_flags("compiled", compile=True)])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 1
+    told = "my_ppo.py: stopped: the compiled update takes minibatches of one size alone; --no-compile takes any"
+    assert capsys.readouterr().err.splitlines()[-1] == told
+    monkeypatch.setattr("sys.argv", ["my_ppo.py", *tiny_flags("eager")])
+    script.main()
+    assert len(read_metrics("eager")) == 5
