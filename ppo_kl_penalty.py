@@ -358,19 +358,10 @@ def numpy_policy(agent: Agent):
     def learning(obs: torch.Tensor):  # the same, as the update computes it
         mean, std = agent.policy(obs)
         new = agent(obs, mean)
-        check_value(new, agent.value(obs))
-        return mean, std, new.logprob
+        return (mean, std, new.logprob), (new.value, agent.value(obs))
 
     check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
-
-
-def check_value(new: Output, value: torch.Tensor):
-    """UsageError where Agent.forward has other values than Agent.value, which values the last observation of a rollout."""
-    if not torch.allclose(new.value, value, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise UsageError(
-            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
-        )
 
 
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
@@ -378,7 +369,8 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
     probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
-            expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
+            outputs, (forward_value, value) = learning(torch.as_tensor(probe, device=device))
+            expected = [x.cpu().numpy() for x in outputs]
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # shapes that do not fit, another kind of layer
         raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
     try:
@@ -396,6 +388,10 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
         raise UsageError(
             "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
             "learn: change it in the same way"
+        )
+    if not torch.allclose(forward_value, value, rtol=1e-3, atol=1e-4, equal_nan=True):  # value: of the end of a rollout
+        raise UsageError(
+            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
         )
 
 
@@ -1486,8 +1482,8 @@ class Run:
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
         score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-        speed = f", {result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
-        speed = f", {result['sps']:.0f} steps/s ({speed[2:]})" if result["sps"] else speed
+        whole = f"{result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
+        speed = f", {result['sps']:.0f} steps/s ({whole})" if result["sps"] else f", {whole}" * bool(whole)
         print(
             f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s{speed} "
             f"on {args.num_threads} thread(s)",

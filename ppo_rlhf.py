@@ -2102,8 +2102,8 @@ class Run:
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
         score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-        speed = f", {result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
-        speed = f", {result['sps']:.0f} steps/s ({speed[2:]})" if result["sps"] else speed
+        whole = f"{result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
+        speed = f", {result['sps']:.0f} steps/s ({whole})" if result["sps"] else f", {whole}" * bool(whole)
         print(
             f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s{speed} "
             f"on {args.num_threads} thread(s)",

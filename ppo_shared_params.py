@@ -516,8 +516,8 @@ def numpy_policy(agent: Agent):
         state = agent.initial_state(3) + torch.as_tensor(memory[:, None], device=obs.device)
         outputs = agent.policy(features := agent.features(obs, first, state))
         action = torch.zeros_like(outputs[0][:, :, 0], dtype=torch.int64) if std is None else outputs[0]
-        check_value(new := agent(obs, action, valid, first, state), agent.value(features))
-        return *outputs, features.state[:, 0], new.logprob
+        new = agent(obs, action, valid, first, state)
+        return (*outputs, features.state[:, 0], new.logprob), (new.value, agent.value(features))
 
     check_copy(acting, learning, agent.obs_dim, next(agent.parameters()).device)
     return policy
@@ -536,20 +536,13 @@ def check_lstm():
         raise UsageError("LSTMSteps.backward is not the gradient of LSTMSteps.forward: change both in the same way")
 
 
-def check_value(new: Output, value: torch.Tensor):
-    """UsageError where Agent.forward has other values than Agent.value, which values the last observation of a rollout."""
-    if not torch.allclose(new.value, value, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise UsageError(
-            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
-        )
-
-
 def check_copy(acting, learning, obs_dim: int, device: torch.device):
     """Compares the policy that acts, in numpy, with the one that learns, in torch, on observations of three sizes."""
     probe = np.sin(np.arange(3 * obs_dim, dtype=np.float32)).reshape(3, obs_dim) * np.array([[1], [4], [16]], np.float32)
     try:
         with torch.no_grad():
-            expected = [x.cpu().numpy() for x in learning(torch.as_tensor(probe, device=device))]
+            outputs, (forward_value, value) = learning(torch.as_tensor(probe, device=device))
+            expected = [x.cpu().numpy() for x in outputs]
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # shapes that do not fit, another kind of layer
         raise UsageError(f"Agent.policy or Agent.forward fails: {error}") from error
     try:
@@ -567,6 +560,10 @@ def check_copy(acting, learning, obs_dim: int, device: torch.device):
         raise UsageError(
             "numpy_policy, which acts in the rollout, computes another policy than Agent.policy or Agent.forward, which "
             "learn: change it in the same way"
+        )
+    if not torch.allclose(forward_value, value, rtol=1e-3, atol=1e-4, equal_nan=True):  # value: of the end of a rollout
+        raise UsageError(
+            "Agent.forward and Agent.value give different values of the same observation: change them in the same way"
         )
 
 
@@ -1813,8 +1810,8 @@ class Run:
             "sps_with_startup": (runner.global_step - self.first_step) / seconds,
         }
         score = f"return {result['episodic_return']:.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-        speed = f", {result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
-        speed = f", {result['sps']:.0f} steps/s ({speed[2:]})" if result["sps"] else speed
+        whole = f"{result['sps_with_startup']:.0f} steps/s with start-up" if result["sps_with_startup"] else ""
+        speed = f", {result['sps']:.0f} steps/s ({whole})" if result["sps"] else f", {whole}" * bool(whole)
         print(
             f"{args.env}, seed {args.seed}: {score} after {runner.global_step:,} steps in {seconds:.0f} s{speed} "
             f"on {args.num_threads} thread(s)",

@@ -4,7 +4,8 @@
 #   bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000        starts the games, or goes on; they stay running
 #   STOP=1 bash benchmarks/gpu.sh games Breakout,Pong,BeamRider 10000000   the same, but ends them: the last command of a loan
 # Needs Python 3.12 with torch and numpy, and what the scripts import besides; for the tests pytest, pytest-xdist and hypothesis.
-# Where that is missing, SITE names a folder that has it. OUT: results and checkpoints, in at most PARTS (4) parts of 16 MB; IN: the OUT of the machine before, to go on from.
+# Where that is missing, SITE names a folder that has it. OUT: results and checkpoints, in at most PARTS (4) parts of 16 MB; IN:
+# the OUT of the machine before, to go on from.
 # A game that was ended goes on from its last checkpoint; these are EVERY (200) iterations apart.
 # Dry run without a GPU: DEVICE=cpu TINY=1 PY=python bash benchmarks/gpu.sh first
 set -uo pipefail

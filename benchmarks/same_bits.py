@@ -31,7 +31,6 @@ TIMES = ("charts/SPS", "charts/seconds", "charts/env_share", "charts/update_shar
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evaluations.jsonl", "samples.jsonl")
 TENSORS = ("checkpoint.pt", "models.pt")
 FREE = ("args/run_dir", "args/resume", "script_sha256", "log_sizes", "wandb_id")  # of checkpoints
-TEXTS = "rated.tsv"  # texts with ratings for ppo_rlhf.py, in the folder of a case
 
 MUJOCO: dict[str, list[str]] = {
     "--env": ["Hopper"],
@@ -46,7 +45,7 @@ DEFAULTS: dict[str, dict[str, list[str]]] = {
     "ppo_shared_params.py": {"--num-envs": ["4"], "--num-steps": ["64"], "--eval-episodes": ["0"], "--eval-deterministic": []},
     "ppo_atari.py": {"--num-envs": ["2"], "--num-steps": ["16"], "--num-threads": ["1"], "--eval-episodes": ["0"]},
     "ppo_rlhf.py": {
-        "--data": [TEXTS],
+        "--data": [str(ROOT / "tests" / "texts.tsv")],
         "--num-envs": ["8"],
         "--num-steps": ["8"],
         "--num-minibatches": ["2"],
@@ -168,16 +167,6 @@ register("Masked-v0", Masked)
 def score(prompts: list[str], responses: list[str]) -> list[float]:
     """A reward for ppo_rlhf.py."""
     return [float(response.count("e")) for response in responses]
-
-
-def write_texts(file: Path):
-    """90 texts, each with three ratings, one for each good and bad word."""
-    rng, lines = np.random.default_rng(0), []
-    for _ in range(90):
-        words = rng.choice(["good", "great", "lovely", "bad", "dull", "sad"], 4)
-        votes = sum(1 if word in ("good", "great", "lovely") else -1 for word in words)
-        lines.append(f"{votes},{votes + 1},{votes - 1}\tthe film is {' and '.join(words)} to me\n")
-    file.write_text("".join(lines))
 
 
 def parse_flags(words: list[str]) -> dict[str, list[str]]:
@@ -313,7 +302,6 @@ def check(old: Path, new: Path, flags: dict[str, list[str]], iterations: int) ->
     flags = {"--checkpoint-every": [str(max(1, iterations // 3))], "--total-timesteps": [str(steps)]} | flags
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_texts(folder / TEXTS)
         try:
             run(old, flags | {"--run-dir": ["old"]}, folder)
             run(new, flags | {"--run-dir": ["new"]}, folder)

@@ -206,9 +206,9 @@ def dispatch(f, args: tuple, kwargs: dict) -> Any:
     number = name.startswith("index_put") and not isinstance(args[2], Posed) and args[2].numel() == 1
     if name in WAIT or (name.startswith("index") and isinstance(args[1], list | tuple) and masks(args[1]) and not number):
         note(f"{name}, waits")
-    if name.startswith("_fused_adam") and isinstance(args[6] if len(args) > 6 else kwargs["lr"], Posed):
+    if name.startswith("_fused_adam"):
         rate = args[6] if len(args) > 6 else kwargs["lr"]
-        if rate.dtype != torch.float32:
+        if isinstance(rate, Posed) and rate.dtype != torch.float32:
             raise RuntimeError(f"expected scalar type Float but found {rate.dtype}")
     for x in tensors:
         if on_device and not isinstance(x, Posed) and (x.dim() > 0 or name.rstrip("_") not in TAKES_SCALARS):

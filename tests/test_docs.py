@@ -240,9 +240,7 @@ def test_code_in_the_readme_runs(tmp_path, monkeypatch):
     assert names["actions"].shape == (3, 6)
 
 
-@pytest.mark.parametrize(
-    "document", sorted(path.name if path.parent == ROOT else f"benchmarks/{path.name}" for path in MARKDOWN)
-)
+@pytest.mark.parametrize("document", sorted(str(path.relative_to(ROOT)) for path in MARKDOWN))
 def test_tables_and_lists_are_lines_of_their_own(document):
     """A text that was wrapped anew must not swallow them."""
     lines = (ROOT / document).read_text().splitlines()

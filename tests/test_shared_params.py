@@ -1031,10 +1031,7 @@ def test_an_edit_that_trains(name, env, lstm):
 @pytest.mark.parametrize("name", STOPS)
 def test_an_edit_that_stops(name, env, lstm):
     script: Any = edited(STOPS[name], SCRIPT)
-    told = (
-        r"numpy_policy.* computes another policy|numpy_policy does not know SiLU|forward and Agent.value give different values"
-    )
-    with pytest.raises(script.UsageError, match=told):
+    with pytest.raises(script.UsageError, match=r"numpy_policy.* computes another policy|numpy_policy does not know SiLU"):
         script.train(script.Args(**TINY | {"run_dir": "run", "env": env, "lstm": lstm}))
     assert not Path("run").exists()
 
